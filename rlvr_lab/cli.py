@@ -1,0 +1,388 @@
+"""`rlvr-lab`: train, evaluate, pretrain, methods. Heavy imports wait until a command runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .train.config import TrainConfig
+    from .train.loop import RunResult
+
+app = typer.Typer(
+    name="rlvr-lab",
+    help="Entropy in reinforcement learning with verifiable rewards: train, evaluate and watch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+
+
+@app.callback()
+def _root() -> None:
+    """Entropy in reinforcement learning with verifiable rewards: train, evaluate and watch."""
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="A recipe (`grpo/tiny`, or a YAML file), then settings such as `optimizer.lr=3e-4`.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; must not exist yet.")] = None,
+    model: Annotated[str | None, typer.Option(help="Transformers directory, `tiny/S`, `tiny/R` or hub name.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSONL with question|problem|prompt and answer.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    settings: Annotated[bool, typer.Option("--settings", help="List all settings and recipes, then stop.")] = False,
+) -> None:
+    """Train a policy with reinforcement learning from verifiable rewards.
+
+    The tiny lab, about a minute on two cores:
+
+        rlvr-lab train grpo/tiny --out runs/first
+
+    Your own model and problems:
+
+        rlvr-lab train grpo/math --model path/to/model --data gsm8k.jsonl --out runs/gsm8k
+
+    Change settings, see what there is, continue after an interruption:
+
+        rlvr-lab train grpo/tiny optimizer.lr=3e-4 methods.grpo.clip_high=0.28 --out runs/higher
+
+        rlvr-lab train --settings
+
+        rlvr-lab train --resume --out runs/first
+
+    Ctrl-C finishes the step, writes a checkpoint and stops; a second Ctrl-C stops at once.
+    """
+    if settings:
+        _print_settings()
+        return
+    with _user_errors():
+        if out is None:
+            raise UserError("--out is missing: name a folder for the run, such as --out runs/first")
+        words = arguments or []
+        recipe = next((w for w in words[:1] if "=" not in w), None)
+        overrides = words[1:] if recipe else words
+        config = _config(recipe, overrides, model, data, out if resume else None)
+        _report(_train(config, out, resume), config)
+
+
+def _config(
+    recipe: str | None, overrides: list[str], model: str | None, data: Path | None, resumed: Path | None
+) -> TrainConfig:
+    from .train.config import load_config
+
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(f"'{word}' is neither a setting (KEY=VALUE) nor the first word, where a recipe stands")
+    if resumed is not None and recipe is None:
+        recipe = str(resumed / "config.yaml")
+        if not Path(recipe).exists():
+            raise UserError(f"{resumed} holds no run to resume (no config.yaml)")
+    short = [f"model.path={model}"] if model else []
+    if data is not None:
+        short += ["data.task=math", f"data.file={data}"]
+        recipe = recipe or "grpo/math"
+    return load_config(recipe or "grpo/tiny", [*short, *overrides])
+
+
+def _train(config: TrainConfig, out: Path, resume: bool) -> RunResult:
+    from .train.console import for_terminal
+    from .train.loop import Trainer
+
+    with _polite_interrupt() as asked:
+        trainer = Trainer(config, out, resume=resume, console=for_terminal(), stop=asked)
+        return trainer.run()
+
+
+def _report(result: RunResult, config: TrainConfig) -> None:
+    if result.interrupted:
+        typer.echo(f"stopped after step {result.steps_done} of {config.steps}; the state is saved. Continue with:")
+        typer.echo(f"  rlvr-lab train --resume --out {result.out}")
+        raise typer.Exit(INTERRUPTED)
+    if result.first and result.last:
+        _table(
+            "held-out problems" if result.last["held_out"] else "training problems",
+            ["", "before", "after"],
+            [[name, _cell(result.first, name), _cell(result.last, name)] for name in _shown(result.last)],
+        )
+    typer.echo(f"policy: {result.out / 'model'}   curves: tensorboard --logdir {result.out / 'tensorboard'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option("--model", "-m", help="Transformers directory, `tiny/S` or hub name.")],
+    data: Annotated[Path | None, typer.Option(help="JSONL of problems; without it, Countdown's held-out ones.")] = None,
+    problems: Annotated[int, typer.Option(help="Number of problems, from the first line on.", min=1)] = 96,
+    samples: Annotated[int, typer.Option(help="Responses per problem; pass@k needs at least k.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response. Default: 96, or 512 with --data.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Responses in flight. Default: 512, or 64 with --data.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same figures (on CPU).")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one JSON line per problem here.")] = None,
+) -> None:
+    """Measure pass@k, distinct solutions, entropies and lengths of a policy.
+
+    Examples:
+
+        rlvr-lab evaluate --model tiny/S
+
+        rlvr-lab evaluate --model tiny/S --temperature 0.3
+
+        rlvr-lab evaluate --model runs/first/model --out results.jsonl
+
+        rlvr-lab evaluate --model path/to/model --data aime24.jsonl --samples 8 --max-tokens 2048
+
+    Intervals are 95 % bootstrap intervals over problems.
+    """
+    with _user_errors():
+        if out is not None and out.exists():
+            raise UserError(f"{out} already exists; choose another --out")
+        summary, results = _evaluate(model, data, problems, samples, temperature, max_tokens, rows, seed, device)
+        _table(model, ["", "value", "95 % interval"], [_row(summary, name) for name in _shown(summary)])
+        if out is not None:
+            from .train.logs import append_jsonl
+
+            append_jsonl(out, results)
+            typer.echo(f"per problem: {out}")
+
+
+def _evaluate(
+    model: str,
+    data: Path | None,
+    problems: int,
+    samples: int,
+    temperature: float,
+    max_tokens: int | None,
+    rows: int | None,
+    seed: int,
+    device: str,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    from dataclasses import asdict
+
+    from .evaluate.evaluation import evaluate as run
+    from .policy.load import load_policy
+    from .rollout.engine import Sampling
+    from .train.config import parse_config
+    from .train.console import for_terminal
+    from .train.data import load_problems
+
+    console = for_terminal()
+    policy = load_policy(model, device=device)
+    longest = max_tokens or (512 if data else 96)
+    config: TrainConfig = parse_config(
+        {
+            "data": {"task": "math", "file": data} if data else {},
+            "evaluation": {"problems": problems, "file": data},
+            "rollout": {"max_tokens": longest},
+        }
+    )
+    loaded = load_problems(config, policy, console.say)
+    console.begin("evaluating", len(loaded.evaluation) * samples)
+    sampling = Sampling(temperature, longest, rows or (64 if data else 512))
+    try:
+        result = run(
+            policy,
+            loaded.task,
+            loaded.evaluation,
+            samples=samples,
+            sampling=sampling,
+            seed=seed,
+            report=lambda done: console.advance(done),
+        )
+    finally:
+        console.end()
+    return result.summary(seed=seed), [asdict(p) for p in result.problems]
+
+
+@app.command()
+def pretrain(
+    base: Annotated[str, typer.Option(help="S: one attempt. R: up to five attempts.")] = "S",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the new base policy.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of 64 sequences. Default: as shipped.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data.")] = 0,
+    threads: Annotated[int, typer.Option(help="Processor threads; one is nearly as fast as two.")] = 1,
+) -> None:
+    """Pre-train a base policy of the tiny lab from scratch, as the shipped ones were made.
+
+    Examples:
+
+        rlvr-lab pretrain --base S --out bases/S
+
+        rlvr-lab pretrain --base R --steps 1500 --out bases/R-short
+
+    About an hour on one core for the shipped settings. Interrupted runs go on when the command is repeated.
+    """
+    with _user_errors():
+        import torch
+
+        from .policy import tiny
+        from .policy.pretrain import SHIPPED
+        from .policy.pretrain import pretrain as run
+        from .train.console import for_terminal
+
+        if base not in tiny.BASES:
+            raise UserError(f"no base '{base}'; there are {', '.join(tiny.BASES)}")
+        if out is None:
+            raise UserError("--out is missing: name a directory for the new base, such as --out bases/S")
+        from dataclasses import replace
+
+        torch.set_num_threads(threads)
+        config = replace(SHIPPED[base], seed=seed, steps=steps or SHIPPED[base].steps)
+        console = for_terminal()
+        console.begin(f"pre-training {base}", config.steps)
+        try:
+            run(config, out, lambda step, loss, factor: console.advance(1))
+        finally:
+            console.end()
+        typer.echo(f"written to {out}; measure it with: rlvr-lab evaluate --model {out}")
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the methods with stage, citation, presets, chapter, recipe and status.
+
+    Examples:
+
+        rlvr-lab methods
+
+        rlvr-lab methods --json
+
+    Hooks marked * are exclusive: a composition can hold one owner of each.
+    """
+    import json
+
+    from .methods import REGISTRY, hooks_of, load_class
+
+    rows = []
+    for entry in REGISTRY.values():
+        cls = load_class(entry.slug)
+        rows.append(
+            {
+                "slug": entry.slug,
+                "title": entry.title,
+                "arXiv": entry.arxiv,
+                "hooks": ", ".join(hooks_of(cls)),
+                "presets": ", ".join(cls.presets),
+                "chapter": entry.chapter,
+                "recipe": entry.recipe,
+                "status": entry.status,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        _table("methods", list(rows[0]), [list(row.values()) for row in rows])
+
+
+# -- shared -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """One clear line and a non-zero exit for what the user can mend; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingStopped":
+            raise
+        typer.echo(f"stopped: {error}", err=True)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _polite_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C (and SIGTERM) once: finish the step. Twice: stop at once."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        typer.echo("\nfinishing this step and saving; press Ctrl-C again to stop at once", err=True)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_settings() -> None:
+    from .train.config import describe_settings, packaged_recipes
+
+    _table("settings and their defaults", ["setting", "default"], [list(row) for row in describe_settings()])
+    _table("recipes", ["name"], [[name] for name in packaged_recipes()])
+
+
+def _shown(summary: dict[str, Any]) -> list[str]:
+    passes = [name for name in summary if name.startswith("pass@") and not name.endswith("interval")]
+    return [
+        *passes,
+        "distinct_correct",
+        "answer_entropy",
+        "token_entropy",
+        "sequence_entropy",
+        "mean_tokens",
+        "finished",
+    ]
+
+
+def _cell(summary: dict[str, Any], name: str) -> str:
+    value = summary.get(name)
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if name.startswith(("pass@", "finished")) else f"{value:.3f}"
+
+
+def _row(summary: dict[str, Any], name: str) -> list[str]:
+    interval = summary.get(f"{name}_interval")
+    shown = f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+    return [name, _cell(summary, name), shown]
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point of the `rlvr-lab` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

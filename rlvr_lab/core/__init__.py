@@ -1,0 +1,1 @@
+"""Tensors only: the rollout record, reductions, entropies, advantages and losses."""

@@ -1,0 +1,186 @@
+"""Pre-training of the tiny lab's base policies, from scratch, on traces that are generated while training.
+
+Muon on the two-dimensional hidden weights, AdamW on embeddings, norms and biases; 64 sequences per step, sorted by
+length within pools; linear warm-up, a flat stretch, linear decay over the last 40 %; the loss counts response tokens
+only. Resumable: the training state is written every `save_every` steps and picked up again by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..tasks import countdown
+from . import tiny
+from .muon import Muon
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of one pre-training run. `steps` optimizer steps of `batch` sequences."""
+
+    base: str = "S"
+    steps: int = 15_000
+    batch: int = 64
+    muon_lr: float = 3e-3
+    adamw_lr: float = 3e-3
+    warmup: int = 50
+    decay_share: float = 0.4
+    clip: float = 1.0
+    goal_directed: float = 0.4
+    give_up: float = 0.3
+    seed: int = 0
+    shard: int = 64 * 400
+    save_every: int = 500
+
+    @property
+    def traces(self) -> countdown.Traces:
+        return replace(tiny.BASES[self.base], goal_directed=self.goal_directed, give_up=self.give_up)
+
+
+# how the shipped checkpoints were made
+SHIPPED = {"S": PretrainConfig(base="S", steps=15_000), "R": PretrainConfig(base="R", steps=12_000)}
+
+Progress = Callable[[int, float, float], None]
+
+
+def pretrain(config: PretrainConfig, out: Path, progress: Progress = lambda step, loss, rate: None) -> Path:
+    """Train a base policy and write it to `out` as a transformers directory; returns `out`.
+
+    `progress(step, loss, learning-rate factor)` is called after every step. Loss is in nats per response token.
+    Raises UserError where `out` holds a run with other settings, and FloatingPointError on a loss that is not finite.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model = tiny.build_model(config.seed)
+    optimizers = _optimizers(model, config)
+    history: list[float] = []
+    first = _restore(out, config, model, optimizers, history)
+    model.train()
+    for step, sequences in enumerate(_batches(config, first), start=first):
+        factor = _schedule(step, config)
+        loss = _step(model, optimizers, sequences, factor, config)
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"pre-training loss is {loss} at step {step}; lower muon_lr or adamw_lr")
+        history.append(loss)
+        progress(step + 1, loss, factor)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            _save_state(out, config, model, optimizers, history)
+    model.eval()
+    tiny.export(model, out)
+    record = {"config": asdict(config), "loss_last_200": float(np.mean(history[-200:])), "written": time.strftime("%F")}
+    (out / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "state.pt").unlink(missing_ok=True)
+    return out
+
+
+def _optimizers(model: torch.nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        is_hidden = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+        (hidden if is_hidden else rest).append(parameter)
+    muon = Muon(hidden, lr=config.muon_lr)
+    return [muon, torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def _schedule(step: int, config: PretrainConfig) -> float:
+    decay_from = int(config.steps * (1 - config.decay_share))
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    return 1.0 if step < decay_from else (config.steps - step) / (config.steps - decay_from)
+
+
+def _batches(config: PretrainConfig, first: int) -> Iterator[list[list[int]]]:
+    """Batches from step `first` on. Every shard has its own seed, so that resuming repeats nothing."""
+    per_shard = config.shard // config.batch
+    for shard in range(first // per_shard, -(-config.steps // per_shard)):
+        rng = np.random.default_rng([config.seed, shard])
+        sequences = list(countdown.traces(config.shard, config.traces, rng))
+        order = _length_pools([len(s) for s in sequences], config.batch, rng)
+        for i, rows in enumerate(order):
+            step = shard * per_shard + i
+            if first <= step < config.steps:
+                yield [sequences[r] for r in rows]
+
+
+def _length_pools(lengths: list[int], batch: int, rng: np.random.Generator, pool: int = 8) -> list[np.ndarray]:
+    shuffled = rng.permutation(len(lengths))
+    batches: list[np.ndarray] = []
+    for start in range(0, len(lengths), pool * batch):
+        rows = shuffled[start : start + pool * batch]
+        rows = rows[np.argsort([lengths[r] for r in rows], kind="stable")]
+        batches += [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _step(
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    sequences: list[list[int]],
+    factor: float,
+    config: PretrainConfig,
+) -> float:
+    tokens, mask = _pad(sequences)
+    logits = model(input_ids=tokens[:, :-1]).logits[:, countdown.PROMPT_TOKENS - 1 :]
+    target, mask = tokens[:, countdown.PROMPT_TOKENS :], mask[:, countdown.PROMPT_TOKENS :]
+    loss = torch.nn.functional.cross_entropy(logits[mask], target[mask])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for optimizer, base in zip(optimizers, (config.muon_lr, config.adamw_lr), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = base * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def _pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, sequences))
+    tokens = torch.tensor([s + [countdown.PAD] * (width - len(s)) for s in sequences])
+    lengths = torch.tensor([len(s) for s in sequences])
+    return tokens, torch.arange(width)[None] < lengths[:, None]
+
+
+def _save_state(
+    out: Path,
+    config: PretrainConfig,
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    history: list[float],
+) -> None:
+    state = {
+        "config": asdict(config),
+        "model": model.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
+        "history": torch.tensor(history),
+    }
+    temporary = out / "state.pt.partial"
+    torch.save(state, temporary)
+    os.replace(temporary, out / "state.pt")
+
+
+def _restore(
+    out: Path,
+    config: PretrainConfig,
+    model: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    history: list[float],
+) -> int:
+    if not (out / "state.pt").exists():
+        return 0
+    state = torch.load(out / "state.pt", weights_only=True)
+    if state["config"] != asdict(config):
+        raise UserError(f"{out} holds a pre-training run with other settings; choose another --out or remove it")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    history += state["history"].tolist()
+    return len(history)

@@ -1,0 +1,118 @@
+"""Widgets whose whole behaviour is in JavaScript, so they work on Colab, in JupyterLab and on the kernel-less pages.
+
+Each widget answers one question. Its mathematics is a set of pure, exported functions that the tests run under node
+and compare with Python. anywidget loads a module from a blob address, where relative imports do not work; the shared
+helpers in ``common.js`` are therefore put in front of each widget's own file.
+
+This package is the only one that imports anywidget: the rest of ``rlvr_lab`` must work without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+__all__ = ["PassAtK", "PolicyGradientBandit", "TemperatureExplorer", "javascript"]
+
+_HERE = Path(__file__).parent
+_CSS = (_HERE / "widgets.css").read_text(encoding="utf-8")
+
+
+def javascript(name: str) -> str:
+    """The complete module of a widget: shared helpers, then the widget's own file."""
+    return "\n".join((_HERE / f"{part}.js").read_text(encoding="utf-8") for part in ("common", name))
+
+
+class _Widget(anywidget.AnyWidget):  # type: ignore[misc]
+    """Common part: the style sheet, and a ``repr`` without object addresses so that stored outputs stay comparable."""
+
+    _css = _CSS
+    _shown: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+        return f"{type(self).__name__}({values})"
+
+
+class PolicyGradientBandit(_Widget):
+    """One prompt with four answers: what do exact GRPO steps do to entropy and to the second correct answer?"""
+
+    _esm = javascript("policy_gradient_bandit")
+    _shown = ("rewards", "logits", "learning_rate")
+    rewards = traitlets.List(traitlets.Float()).tag(sync=True)
+    logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    learning_rate = traitlets.Float(0.5).tag(sync=True)
+
+    def __init__(
+        self,
+        rewards: Sequence[float] = (1, 1, 0, 0),
+        logits: Sequence[float] = (0.5, 0.0, 0.5, 0.0),
+        *,
+        labels: Sequence[str] | None = None,
+        learning_rate: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        names = list(labels) if labels is not None else [f"answer {letter}" for letter in "ABCDEFGH"[: len(rewards)]]
+        if not len(rewards) == len(logits) == len(names):
+            raise ValueError("rewards, logits and labels must have equal length")
+        super().__init__(
+            rewards=[float(r) for r in rewards],
+            logits=[float(z) for z in logits],
+            labels=names,
+            learning_rate=learning_rate,
+            **kwargs,
+        )
+
+
+class TemperatureExplorer(_Widget):
+    """A fork token beside a computed token: how much entropy does the same temperature give each of them?"""
+
+    _esm = javascript("temperature_explorer")
+    _shown = ("fork_logits", "computed_logits", "temperature")
+    fork_labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    fork_logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    computed_labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    computed_logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    temperature = traitlets.Float(1.0).tag(sync=True)
+
+    def __init__(
+        self,
+        fork: dict[str, float],
+        computed: dict[str, float],
+        *,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        """``fork`` and ``computed`` map the text of a token to its logit (or to its log-probability)."""
+        super().__init__(
+            fork_labels=list(fork),
+            fork_logits=[float(z) for z in fork.values()],
+            computed_labels=list(computed),
+            computed_logits=[float(z) for z in computed.values()],
+            temperature=temperature,
+            **kwargs,
+        )
+
+
+class PassAtK(_Widget):
+    """Unbiased pass@k of two policies on the same problems: at which k does the base policy catch up?"""
+
+    _esm = javascript("pass_at_k")
+    _shown = ("samples", "base", "trained", "k")
+    samples = traitlets.Int().tag(sync=True)
+    base = traitlets.List(traitlets.Int()).tag(sync=True)
+    trained = traitlets.List(traitlets.Int()).tag(sync=True)
+    k = traitlets.Int(1).tag(sync=True)
+
+    def __init__(self, samples: int, base: Sequence[int], trained: Sequence[int], *, k: int = 1, **kwargs: Any) -> None:
+        """``base`` and ``trained``: correct responses per problem among ``samples`` drawn, same problems in both."""
+        if len(base) != len(trained):
+            raise ValueError("base and trained must count the same problems")
+        if any(not 0 <= count <= samples for count in (*base, *trained)):
+            raise ValueError(f"a count of correct responses must lie in 0..{samples}")
+        super().__init__(samples=samples, base=[int(c) for c in base], trained=[int(c) for c in trained], k=k, **kwargs)

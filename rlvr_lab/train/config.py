@@ -1,0 +1,279 @@
+"""Settings of a training run: YAML files, dotted overrides, and errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import UserError, nearest
+from ..methods import build, load_class
+from ..policy.load import DTYPES
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which policy to train. `path`: a transformers directory, `tiny/S`, `tiny/R`, or a hub name."""
+
+    path: str = "tiny/S"
+    device: str = "auto"
+    dtype: str = "float32"
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in DTYPES:
+            raise ValueError(nearest(value, DTYPES))
+        return value
+
+
+class DataSection(Section):
+    """Where problems come from: Countdown makes its own, `math` reads a JSONL file."""
+
+    task: Literal["countdown", "math"] = "countdown"
+    file: Path | None = None
+    pool: Positive = 3000
+    """Countdown problems to draw, or the largest number of lines to use."""
+    max_bad_lines: Annotated[int, Field(ge=0)] = 20
+    template: str | None = None
+    """Prompt template of `math`, with {question} in it."""
+
+    @model_validator(mode="after")
+    def _file_fits(self) -> DataSection:
+        if self.task == "math" and self.file is None:
+            raise ValueError("task 'math' needs data.file, a JSONL file with question and answer")
+        if self.task == "countdown" and self.file is not None:
+            raise ValueError("data.file is set, but task 'countdown' makes its own problems; set data.task to math")
+        return self
+
+
+class RolloutSection(Section):
+    """Sampling: `prompts` problems per step, `group_size` responses each."""
+
+    prompts: Positive = 16
+    group_size: Positive = 16
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_tokens: Positive = 32
+    rows: Positive = 256
+    """Responses in flight at once."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _has_baseline(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("a group of one has no baseline to compare with; use at least 2")
+        return value
+
+
+class OptimizerSection(Section):
+    """AdamW. The learning rate warms up linearly, then follows `schedule`."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    grad_clip: Annotated[float, Field(gt=0)] = 0.3
+
+
+class UpdateSection(Section):
+    """From one rollout to optimizer steps. More minibatches or epochs mean more off-policy updates."""
+
+    epochs: Positive = 1
+    minibatches: Positive = 8
+    micro_batch_rows: Positive = 16
+    """Responses per forward and backward pass; changes memory and speed, never the result."""
+    skip_dead_rows: bool = True
+    """Leave out rows whose loss has no gradient. Exact: they keep their place in the normaliser."""
+    recompute_old_logprob: bool = False
+    """Score the rollout again instead of using the log-probs recorded while sampling."""
+
+
+class EvaluationSection(Section):
+    """Held-out evaluation every `every` steps (0: only before and after)."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    problems: Annotated[int, Field(ge=0)] = 96
+    """0 switches evaluation off."""
+    samples: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    file: Path | None = None
+    """JSONL of problems for `math`; by default the training file."""
+
+
+class CheckpointSection(Section):
+    """Resumable state every `every` steps; the newest `keep` are kept."""
+
+    every: Positive = 20
+    keep: Positive = 2
+
+
+class LoggingSection(Section):
+    """`metrics.jsonl` is always written."""
+
+    tensorboard: bool = True
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Transcripts written to samples.jsonl per evaluation or every 20 steps."""
+
+
+class TrainConfig(Section):
+    """All settings of a run. `methods` maps method slugs to `{preset: NAME, setting: value}`."""
+
+    seed: int = 0
+    steps: Positive = 80
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    rollout: RolloutSection = RolloutSection()
+    methods: dict[str, dict[str, Any]] = {"grpo": {"preset": "tiny"}}
+    optimizer: OptimizerSection = OptimizerSection()
+    update: UpdateSection = UpdateSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _fill_empty_settings(cls, value: Any) -> Any:
+        # `methods: {grpo: }` in YAML means "with its defaults"
+        return {k: v or {} for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _minibatches_fit(self) -> TrainConfig:
+        responses = self.rollout.prompts * self.rollout.group_size
+        if self.update.minibatches > responses:
+            raise ValueError(f"update.minibatches is {self.update.minibatches}, but a step has {responses} responses")
+        for slug, settings in self.methods.items():
+            build(slug, settings)
+        return self
+
+
+def recipe_path(name: str) -> Path:
+    """File of a recipe: a path to a YAML file, or the name of a packaged one such as `grpo/tiny`."""
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"recipe file '{name}' does not exist")
+        return path
+    packaged = packaged_recipes()
+    if name not in packaged:
+        raise UserError(f"no recipe '{name}'; {nearest(name, packaged)}")
+    return packaged[name]
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Recipes shipped with the package, by name."""
+    root = Path(str(resources.files("rlvr_lab"))) / "recipes"
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.glob("*/*.yaml"))}
+
+
+def load_config(recipe: str | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Defaults, then the recipe, then `key.path=value` overrides, whose values are read as YAML.
+
+    Raises UserError that names the setting and the nearest valid one.
+    """
+    tree = _read_yaml(recipe_path(recipe)) if recipe else {}
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> TrainConfig:
+    """Validate a nested mapping; see `load_config`."""
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must hold settings (key: value), not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': {' '.join(str(error).split())}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting '{name}'; {_suggest(item['loc'])}")
+        elif name:
+            lines.append(f"setting '{name}': {_reason(item)} (got {item['input']!r})")
+        else:
+            lines.append(_reason(item))
+    return "; ".join(lines)
+
+
+def _reason(item: Mapping[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] = TrainConfig
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    prefix = ".".join(map(str, location[:-1]))
+    own = nearest(str(location[-1]), section.model_fields)
+    if "did you mean" in own and prefix:
+        return own.replace("'", f"'{prefix}.", 1)
+    if "did you mean" in own:
+        return own
+    # the key may be right and only its section missing, as in `lr=1e-4`
+    for name, field in TrainConfig.model_fields.items():
+        annotation = field.annotation
+        if (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and location[-1] in annotation.model_fields
+        ):
+            return f"did you mean '{name}.{location[-1]}'?"
+    return own
+
+
+def describe_settings() -> list[tuple[str, str]]:
+    """Every setting with its default, dotted, for `--help`."""
+    rows = []
+    for name, field in TrainConfig.model_fields.items():
+        default = field.default
+        if isinstance(default, BaseModel):
+            rows += [(f"{name}.{key}", str(value)) for key, value in default.model_dump().items()]
+        elif name == "methods":
+            rows += [(f"methods.{slug}.*", ", ".join(load_class(slug).presets)) for slug in default]
+        else:
+            rows.append((name, str(default)))
+    return rows

@@ -1,0 +1,91 @@
+"""Problems of a run, and which of them a step sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..policy.load import Policy
+from ..tasks import countdown
+from ..tasks.base import Task
+from ..tasks.jsonl import load_jsonl
+from ..tasks.registry import CountdownTask, MathTask
+from .config import DataSection, TrainConfig
+from .seeds import numpy_generator
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A task with its training and evaluation problems; prompts are encoded once."""
+
+    task: Task[Any]
+    train: list[Any]
+    prompts: list[list[int]]
+    evaluation: list[Any]
+    held_out: bool
+    """False where the evaluation problems are training problems too."""
+
+    def step_indices(self, seed: int, step: int, count: int) -> list[int]:
+        """`count` problems for a step: the pool in a new order each epoch, without random state to keep."""
+        total = len(self.train)
+        chosen: list[int] = []
+        position = step * count
+        while len(chosen) < count:
+            epoch, offset = divmod(position + len(chosen), total)
+            order = numpy_generator(seed, "problem order", epoch).permutation(total)
+            chosen += order[offset : offset + count - len(chosen)].tolist()
+        return chosen
+
+
+def make_task(data: DataSection) -> Task[Any]:
+    """The task with its settings."""
+    if data.task == "countdown":
+        return CountdownTask()
+    return MathTask(template=data.template) if data.template else MathTask()
+
+
+def load_problems(config: TrainConfig, policy: Policy, report: Report) -> Problems:
+    """Problems for training and evaluation. Prompts that leave no room for `rollout.max_tokens` are dropped and
+    counted; where none is left, UserError names the setting."""
+    task = make_task(config.data)
+    if config.data.task == "countdown":
+        train: list[Any] = list(countdown.problems(config.data.pool, config.seed))
+        evaluation: list[Any] = list(countdown.problems(max(config.evaluation.problems, 1), 0, evaluation=True))
+        held_out = True
+    else:
+        train = _read(config.data.file, config.data.pool, config.data, report)
+        other = config.evaluation.file
+        held_out = other is not None and other != config.data.file
+        evaluation = _read(other, None, config.data, report) if held_out else train
+    train, prompts = _that_fit(train, task, policy, config.rollout.max_tokens, report)
+    evaluation, _ = _that_fit(evaluation, task, policy, config.rollout.max_tokens, report)
+    return Problems(task, train, prompts, evaluation[: config.evaluation.problems], held_out)
+
+
+def _read(path: Path | None, limit: int | None, data: DataSection, report: Report) -> list[Any]:
+    assert path is not None
+    return list(load_jsonl(path, limit=limit, max_bad_lines=data.max_bad_lines, report=report))
+
+
+def _that_fit(
+    problems: list[Any], task: Task[Any], policy: Policy, max_tokens: int, report: Report
+) -> tuple[list[Any], list[list[int]]]:
+    prompts = [task.prompt_ids(problem, policy.tokenizer) for problem in problems]
+    window = getattr(policy.model.config, "max_position_embeddings", None)
+    if window is None:
+        return problems, prompts
+    kept = [i for i, prompt in enumerate(prompts) if 0 < len(prompt) <= window - max_tokens]
+    if not kept:
+        shortest = min(map(len, prompts))
+        raise UserError(
+            f"the model reads {window} tokens, the shortest prompt has {shortest} and rollout.max_tokens is "
+            f"{max_tokens}: no problem fits. Lower rollout.max_tokens to at most {max(window - shortest, 0)}"
+        )
+    if len(kept) < len(problems):
+        report(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long for the model and were left out")
+    return [problems[i] for i in kept], [prompts[i] for i in kept]

@@ -1,0 +1,57 @@
+"""Figures of one rollout, computed once and logged every step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..core.advantages import dead_groups
+from ..core.entropy import answer_entropy, pooled_token_entropy, sequence_mean_token_entropy, top_share_entropy
+from ..core.reduce import masked_mean
+from ..core.rollout import Rollout
+
+CERTAIN = 0.01
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Reward, lengths, entropies (nats) and group health of a graded rollout."""
+    entropy, mask = rollout.statistics["token_entropy"], rollout.mask
+    assert rollout.reward is not None
+    assert rollout.correct is not None
+    assert rollout.answer is not None
+    top_mean, _ = top_share_entropy(entropy, mask)
+    groups = _rows_by_group(rollout)
+    answers = [[rollout.answer[i] for i in rows] for rows in groups]
+    correct = rollout.correct.tolist()
+    distinct = [len({rollout.answer[i] for i in rows if correct[i]}) for rows in groups]
+    return {
+        "reward": float(rollout.reward.mean()),
+        "accuracy": float(rollout.correct.float().mean()),
+        "token_entropy": float(pooled_token_entropy(entropy, mask)),
+        "sequence_mean_token_entropy": float(sequence_mean_token_entropy(entropy, mask)),
+        "top20_token_entropy": float(top_mean),
+        "certain_tokens": float(masked_mean((entropy < CERTAIN).float(), mask)),
+        "answer_entropy": sum(map(answer_entropy, answers)) / len(groups),
+        "distinct_correct": sum(distinct) / len(groups),
+        "behaviour_logprob": float(masked_mean(rollout.behaviour_logprob, mask)),
+        "mean_tokens": float(rollout.lengths.float().mean()),
+        "truncated": 1.0 - float(rollout.finished.float().mean()),
+        "no_answer": sum(a is None for a in rollout.answer) / len(rollout),
+        "dead_groups": float(dead_groups(rollout.reward, rollout.group_id).float().mean()),
+        "tokens": float(mask.sum()),
+    }
+
+
+def logprob_mismatch(rollout: Rollout) -> float:
+    """Largest difference between sampling-time and recomputed log-probs, in nats; nan where nothing is compared."""
+    if rollout.old_logprob is None or not bool(rollout.mask.any()):
+        return math.nan
+    return float((rollout.old_logprob - rollout.behaviour_logprob)[rollout.mask].abs().max())
+
+
+def _rows_by_group(rollout: Rollout) -> list[list[int]]:
+    rows: dict[int, list[int]] = {}
+    for i, group in enumerate(torch.as_tensor(rollout.group_id).tolist()):
+        rows.setdefault(group, []).append(i)
+    return list(rows.values())

@@ -1,0 +1,126 @@
+"""The mathematics in the widgets' JavaScript, run under node and compared with Python."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+widgets = pytest.importorskip("rlvr_lab.show.widgets", reason="anywidget is not installed")
+
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+def node(module: str, expressions: list[str], tmp_path: Path) -> list[Any]:
+    """Values of JavaScript expressions in which ``w`` is the widget's module."""
+    path = tmp_path / f"{module}.mjs"
+    path.write_text(widgets.javascript(module), encoding="utf-8")
+    script = (
+        f"import * as w from {json.dumps(path.as_uri())};\nconsole.log(JSON.stringify([{', '.join(expressions)}]));"
+    )
+    command = ["node", "--input-type=module"]
+    result = subprocess.run(command, input=script, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    weights = np.exp(logits / temperature - np.max(logits / temperature))
+    return weights / weights.sum()
+
+
+def entropy(p: np.ndarray) -> float:
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+@needs_node
+def test_softmax_and_entropy(tmp_path: Path) -> None:
+    logits = [1.5, 0.2, -3.0, 900.0]  # 900 overflows exp() without the shift by the maximum
+    temperatures = [0.1, 1.0, 300.0]
+    calls = [f"w.softmax({logits}, {t})" for t in temperatures]
+    got = node("temperature_explorer", [*calls, *[f"w.entropy({c})" for c in calls], "w.entropy([1, 0])"], tmp_path)
+    for t, p, h in zip(temperatures, got[:3], got[3:6], strict=True):
+        expected = softmax(np.array(logits), t)
+        np.testing.assert_allclose(p, expected, rtol=1e-12, atol=1e-300)
+        assert h == pytest.approx(entropy(expected), abs=1e-12)
+    assert math.copysign(1.0, got[6]) == 1.0  # "-0.000 nats" would be printed otherwise
+    assert got[6] == 0
+
+
+@needs_node
+@pytest.mark.parametrize("rewards", [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0.5, 1, 0.25]])
+def test_grpo_step_is_the_gradient_of_the_surrogate(rewards: list[float], tmp_path: Path) -> None:
+    """Compared with a numerical derivative of E_p[A] at fixed advantages, which is what one on-policy step ascends."""
+    logits, rate, small = np.array([0.3, -0.2, 0.9, 0.0]), 0.7, 1e-6
+    p, r = softmax(logits), np.array(rewards)
+    mean = p @ r
+    advantage = (r - mean) / math.sqrt(p @ (r - mean) ** 2)
+    bumps = small * np.eye(4)
+    gradient = [(softmax(logits + b) @ advantage - softmax(logits - b) @ advantage) / (2 * small) for b in bumps]
+    (got,) = node("policy_gradient_bandit", [f"w.grpoStep({logits.tolist()}, {rewards}, {rate})"], tmp_path)
+    np.testing.assert_allclose(got, logits + rate * np.array(gradient), atol=1e-8)
+
+
+@needs_node
+def test_dead_group_moves_nothing(tmp_path: Path) -> None:
+    logits = [0.3, -0.2, 0.9, 0.0]
+    got = node("policy_gradient_bandit", [f"w.grpoStep({logits}, [1, 1, 1, 1], 2)"], tmp_path)
+    assert got == [logits]
+
+
+@needs_node
+def test_rich_get_richer_is_what_the_bandit_shows(tmp_path: Path) -> None:
+    """The widget's point: two equally correct answers, the smaller one loses its share while the reward rises."""
+    steps = "let z = [0.5, 0, 0.5, 0]; for (let i = 0; i < 200; i += 1) z = w.grpoStep(z, [1, 1, 0, 0], 0.5); return z;"
+    shares = [
+        f"w.secondCorrectShare(w.softmax({z}), [1, 1, 0, 0])" for z in ("[0.5, 0, 0.5, 0]", f"(() => {{{steps}}})()")
+    ]
+    before, after, none = node(
+        "policy_gradient_bandit", [*shares, "w.secondCorrectShare([0.5, 0.5], [1, 0])"], tmp_path
+    )
+    assert after < 0.8 * before
+    assert none is None
+
+
+@needs_node
+def test_pass_at_k_equals_the_binomial_formula(tmp_path: Path) -> None:
+    cases = [(n, c, k) for n in (1, 8, 64) for c in {0, 1, n // 2, n} for k in {1, max(1, n // 3), n}]
+    got = node("pass_at_k", [f"w.passAtK({n}, {c}, {k})" for n, c, k in cases], tmp_path)
+    expected = [1 - math.comb(n - c, k) / math.comb(n, k) for n, c, k in cases]
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+@needs_node
+def test_crossing(tmp_path: Path) -> None:
+    samples, base, trained = 64, [4, 4, 4, 4], [40, 40, 0, 0]  # the trained policy gave up two problems
+    got = node(
+        "pass_at_k",
+        [f"w.crossing({samples}, {base}, {trained}, 64)", f"w.crossing({samples}, {base}, {base}, 64)"],
+        tmp_path,
+    )
+
+    def mean(counts: list[int], k: int) -> float:
+        return float(np.mean([1 - math.comb(samples - c, k) / math.comb(samples, k) for c in counts]))
+
+    expected = next(k for k in range(1, 65) if mean(base, k) >= mean(trained, k))
+    assert expected > 1
+    assert got == [expected, None]  # equal policies never cross
+
+
+def test_text_form_is_stable() -> None:
+    first, second = (widgets.PassAtK(samples=8, base=[1, 2], trained=[8, 0]) for _ in range(2))
+    assert repr(first) == repr(second) == "PassAtK(samples=8, base=[1, 2], trained=[8, 0], k=1)"
+
+
+def test_impossible_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="same problems"):
+        widgets.PassAtK(samples=8, base=[1], trained=[1, 2])
+    with pytest.raises(ValueError, match=r"0\.\.8"):
+        widgets.PassAtK(samples=8, base=[9], trained=[1])
+    with pytest.raises(ValueError, match="equal length"):
+        widgets.PolicyGradientBandit(rewards=[1, 0], logits=[0.0])
