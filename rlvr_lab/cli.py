@@ -1,9 +1,8 @@
-"""`rlvr-lab`: train, evaluate, pretrain, methods. Heavy imports wait until a command runs, so that `--help` is quick."""
+"""`rlvr-lab`: train, evaluate, pretrain, methods. Heavy imports wait until a command runs: `--help` is quick."""
 
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -385,4 +384,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

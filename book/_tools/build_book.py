@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "_build"
+SOURCE = BUILD / "source"
+# written by make_book.py; it takes the place of the page in git that only says that there is no run yet
+OWN_RUN = BUILD / "your_own_run.ipynb"
 STAMP = BUILD / ".renderer_digest"
 
 
@@ -36,18 +39,34 @@ def clean() -> None:
     shutil.rmtree(BUILD / "html", ignore_errors=True)
 
 
+def stage() -> None:
+    """Copy the book's source below _build, with "Your own run" filled in where a run exists.
+
+    Building from a copy keeps generated pages out of the checkout. Modification times are kept, so that Sphinx still
+    re-reads only what changed.
+    """
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    shutil.copytree(
+        ROOT / "book", SOURCE, ignore=shutil.ignore_patterns("_tools", "_build", "__pycache__", "README.md")
+    )
+    if OWN_RUN.is_file():
+        (SOURCE / "your_own_run.md").unlink()
+        shutil.copy2(OWN_RUN, SOURCE / "your_own_run.ipynb")
+
+
 def build(extra: list[str]) -> int:
     """Run jupyter-book with warnings as errors; its exit status."""
     # This interpreter's own jupyter-book, whether or not its environment is activated; a script found on PATH might
     # belong to another one. The package has no __main__, hence -c.
     launcher = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     options = ["--config", "_config.yml", "--path-output", ".", "-W", "-n", "--keep-going"]
-    return subprocess.call([*launcher, "build", "book", *options, *extra], cwd=ROOT)
+    return subprocess.call([*launcher, "build", str(SOURCE.relative_to(ROOT)), *options, *extra], cwd=ROOT)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     clean()
+    stage()
     status = build(sys.argv[1:] if argv is None else argv)
     if status != 0:
         print("The book was not built: see the warnings above.", file=sys.stderr)

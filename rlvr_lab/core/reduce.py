@@ -8,7 +8,7 @@ micro-batch then sums its own rows with weights it was handed, so the result doe
 | `token_mean` | `token-mean` | `dapo` (global count), `bnpo` (local) | 1 / (tokens of the minibatch) |
 | `sequence_mean_of_token_mean` | `seq-mean-token-mean` | `grpo` | 1 / (non-empty responses x tokens of i) |
 | `sequence_mean_of_token_sum` | `seq-mean-token-sum` | | 1 / (non-empty responses) |
-| `sequence_mean_of_token_sum_over_constant` | `seq-mean-token-sum-norm`, times B | `dr_grpo` | 1 / (responses x constant) |
+| `sequence_mean_of_token_sum_over_constant` | `seq-mean-token-sum-norm` / B | `dr_grpo` | 1 / (responses x constant) |
 """
 
 from __future__ import annotations

@@ -110,14 +110,14 @@ class Pipeline:
     def advantage(self, rollout: Rollout) -> Tensor:
         """Advantage [B, T], zero outside the mask, without gradient."""
         value: Tensor = self.owner("advantage").advantage(rollout)
-        return value.detach() * rollout.mask
+        return value.detach().masked_fill(~rollout.mask, 0.0)
 
     def weight(self, rollout: Rollout, advantage_BT: Tensor) -> Tensor:
-        """Product of all token weights [B, T]."""
+        """Product of all token weights [B, T], zero outside the mask."""
         weight = torch.ones_like(advantage_BT)
         for method in self._chain("weight"):
             weight = weight * method.weight(rollout, advantage_BT)
-        return weight
+        return weight.masked_fill(~rollout.mask, 0.0)
 
     def clip(self, rollout: Rollout, advantage_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the importance ratio, each [B, T]."""

@@ -49,7 +49,7 @@ def score(model: Any, rollout: Rollout, rows: int) -> Rollout:
     b, t = rollout.response_ids.shape
     logprob = torch.zeros(b, t, device=rollout.response_ids.device)
     entropy = torch.zeros_like(logprob)
-    for index in rollout.lengths.argsort(descending=True).split(rows):
+    for index in torch.split(rollout.lengths.argsort(descending=True), rows):
         part = rollout.rows(index)
         values, entropies = response_statistics(model, part)
         width = part.response_ids.shape[1]

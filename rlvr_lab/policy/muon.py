@@ -26,7 +26,8 @@ def orthogonalise(matrices: Tensor, eps: float = 1e-7) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+    out: Tensor = x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+    return out
 
 
 class Muon(torch.optim.Optimizer):
@@ -56,6 +57,7 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for p in parameters:
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            assert p.grad is not None  # the caller leaves out parameters without one
             buffer.lerp_(p.grad, 1 - group["momentum"])
             directions.append(p.grad.lerp(buffer, group["momentum"]))
         scale = 0.2 * max(parameters[0].shape) ** 0.5

@@ -83,7 +83,8 @@ def pretrain(config: PretrainConfig, out: Path, progress: Progress = lambda step
 
 
 def _optimizers(model: torch.nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    hidden, rest = [], []
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
         (hidden if is_hidden else rest).append(parameter)
@@ -132,7 +133,7 @@ def _step(
     logits = model(input_ids=tokens[:, :-1]).logits[:, countdown.PROMPT_TOKENS - 1 :]
     target, mask = tokens[:, countdown.PROMPT_TOKENS :], mask[:, countdown.PROMPT_TOKENS :]
     loss = torch.nn.functional.cross_entropy(logits[mask], target[mask])
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     for optimizer, base in zip(optimizers, (config.muon_lr, config.adamw_lr), strict=True):
         for group in optimizer.param_groups:

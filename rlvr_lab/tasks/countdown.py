@@ -110,7 +110,8 @@ class Chains:
 
     @property
     def result(self) -> np.ndarray:
-        return self.steps[np.arange(len(self.count)), self.count - 2, 3]
+        last: np.ndarray = self.steps[np.arange(len(self.count)), self.count - 2, 3]
+        return last
 
 
 def draw_numbers(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +160,8 @@ def held_out(numbers: np.ndarray, target: np.ndarray) -> np.ndarray:
     for column in np.sort(numbers, axis=1).T:
         key = key * np.uint64(61) + column.astype(np.uint64)
     key = (key * np.uint64(0x9E3779B97F4A7C15)) ^ (key >> np.uint64(7))
-    return (key >> np.uint64(40)) % np.uint64(10) == 0
+    out: np.ndarray = (key >> np.uint64(40)) % np.uint64(10) == 0
+    return out
 
 
 def solvable_chains(n: int, rng: np.random.Generator, evaluation: bool) -> Chains:

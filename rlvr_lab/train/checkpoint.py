@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,10 +53,11 @@ def save(root: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: Tr
             shutil.rmtree(final)
         os.replace(partial, final)
         _sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise DiskError(
-            f"cannot write checkpoint {final}: {error.strerror or error}. Earlier checkpoints are intact; "
+            f"cannot write checkpoint {final}: {reason}. Earlier checkpoints are intact; "
             "free some space or choose another --out, then use --resume."
         ) from error
     for old in _directories(root)[:-keep]:

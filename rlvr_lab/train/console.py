@@ -95,8 +95,10 @@ class Live:
 
     def advance(self, units: int, metrics: Mapping[str, float] | None = None) -> None:
         """Move the bar and show the newest figures."""
-        fields = {"figures": "  ".join(f"{k} {v}" for k, v in _figures(metrics).items())} if metrics else {}
-        self._progress.update(self._task, advance=units, **fields)
+        self._progress.advance(self._task, units)
+        if metrics:
+            figures = "  ".join(f"{k} {v}" for k, v in _figures(metrics).items())
+            self._progress.update(self._task, figures=figures)
 
     def end(self) -> None:
         """Leave the bar as it stands."""

@@ -99,33 +99,37 @@ class Trainer:
             skip_dead_rows=config.update.skip_dead_rows,
             grad_clip=config.optimizer.grad_clip,
         )
+        self._write_settings()
         self.log = logs.RunLog(out, config.logging.tensorboard, self.first_step)
         self._checkpointed: int | None = self.first_step if start else None
 
     # -- opening ------------------------------------------------------------------------------------------------
 
     def _open_folder(self, resume: bool) -> Path | None:
-        """Make the run folder, or find the checkpoint to go on from. Never overwrites."""
+        """Refuse a folder in use, or find the checkpoint to go on from."""
         settings = self.out / "config.yaml"
         if not resume:
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
                 raise UserError(f"{self.out} already exists; use --resume to continue it, or another --out")
-            try:
-                (self.out / "checkpoints").mkdir(parents=True)
-                settings.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
-            except OSError as error:
-                raise UserError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from error
             return None
         if not settings.exists():
             raise UserError(f"{self.out} holds no run to resume (no config.yaml)")
         _refuse_changes(parse_config(yaml.safe_load(settings.read_text())), self.config)
-        settings.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         found, refused = checkpoint.newest(self.out / "checkpoints")
         for reason in refused:
             self.console.say(f"checkpoint refused: {reason}")
         if found is None and refused:
             raise UserError(f"no sound checkpoint in {self.out}: {refused[0]}")
         return found
+
+    def _write_settings(self) -> None:
+        """Only once everything else is known to fit, so that a start that fails leaves no folder behind."""
+        try:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            tree = self.config.model_dump(mode="json")
+            (self.out / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error.strerror}; choose another --out") from error
 
     def _load(self, start: Path | None) -> Policy:
         section = self.config.model

@@ -127,7 +127,8 @@ class Updater:
             inputs = LossInputs(
                 rollout=micro,
                 logprob=logprob,
-                old_logprob=micro.require("old_logprob", by="surrogate"),
+                # a nan in the padding would survive the mask: the gradient of exp multiplies it by zero
+                old_logprob=micro.require("old_logprob", by="surrogate").masked_fill(~micro.mask, 0.0),
                 advantage=advantage[rows][:, :width],
                 lower=lower[rows][:, :width],
                 upper=upper[rows][:, :width],
@@ -141,7 +142,7 @@ class Updater:
         rows = live.nonzero().squeeze(1) if skip else batch.mask.any(1).nonzero().squeeze(1)
         by_length = rows[batch.lengths[rows].argsort(descending=True, stable=True)]
         if len(by_length):
-            yield from by_length.split(self.micro_batch_rows)
+            yield from torch.split(by_length, self.micro_batch_rows)
 
     def _backward(self, inputs: LossInputs, weights: Tensor, totals: UpdateTotals) -> float:
         per_token, surrogate = self.pipeline.surrogate(inputs)

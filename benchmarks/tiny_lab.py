@@ -1,0 +1,257 @@
+"""Measure the shipped bases: before and after GRPO over several seeds, beside sharpening by temperature alone.
+
+Run by hand after the checkpoints or the loop change (about ten minutes on two cores for both bases):
+
+    python benchmarks/tiny_lab.py --base S --base R
+
+Writes, with provenance, `book/data/tiny_lab_<base>.json`, which the book and the model cards read, and the figures
+part of each model card. Every seed changes problems of training, sampling, minibatches and evaluation draws; the
+held-out problems are the same 96.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from rlvr_lab.core.statistics import seed_interval
+from rlvr_lab.evaluate.evaluation import Evaluation, evaluate
+from rlvr_lab.policy import tiny
+from rlvr_lab.policy.load import Policy, load_policy
+from rlvr_lab.rollout.engine import Sampling
+from rlvr_lab.rollout.grading import response_texts
+from rlvr_lab.tasks import countdown
+from rlvr_lab.tasks.registry import CountdownTask
+from rlvr_lab.train.config import load_config
+from rlvr_lab.train.console import Lines
+from rlvr_lab.train.loop import Trainer, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = {"S": "grpo/tiny", "R": "grpo/tiny_retries"}
+TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.3)
+KS = (1, 2, 4, 8, 16, 32, 64)
+CURVES = (
+    "step", "reward", "token_entropy", "top20_token_entropy", "certain_tokens", "distinct_correct", "answer_entropy",
+    "mean_tokens", "truncated", "dead_groups", "rows_skipped", "clip_low", "clip_high", "kl_old_new", "seconds",
+)  # fmt: skip
+
+
+def anatomy(policy: Policy, result: Evaluation) -> dict[str, Any]:
+    """Mean entropy by token class, and the share of wrong arithmetic steps, over an evaluation's responses."""
+    entropy: dict[str, list[float]] = defaultdict(list)
+    wrong = total = 0
+    rollout = result.rollout
+    rows = zip(response_texts(rollout, policy), rollout.statistics["token_entropy"].tolist(), strict=True)
+    for text, values in rows:
+        words = text.split()
+        for name, value in zip(countdown.token_class(words), values, strict=False):
+            entropy[name].append(value)
+        slips, steps = countdown.arithmetic_slips(words)
+        wrong, total = wrong + slips, total + steps
+    return {
+        "entropy_by_class": {k: float(np.mean(v)) for k, v in entropy.items()},
+        "tokens_by_class": {k: len(v) for k, v in entropy.items()},
+        "wrong_arithmetic": wrong / total,
+    }
+
+
+def by_level(result: Evaluation) -> dict[str, dict[str, float]]:
+    """pass@1 and pass@32 for problems of three and of four numbers."""
+    levels = {}
+    for count in (3, 4):
+        chosen = [p for p in result.problems if p.problem.count(",") + 1 == count]
+        part = Evaluation(tuple(chosen), result.temperature, 0.0, 0.0, result.rollout)
+        levels[str(count)] = {"pass@1": part.pass_at(1), "pass@32": part.pass_at(32), "problems": len(chosen)}
+    return levels
+
+
+def figures(policy: Policy, result: Evaluation) -> dict[str, Any]:
+    """Everything that is kept of one evaluation."""
+    return result.summary(KS) | anatomy(policy, result) | {"by_level": by_level(result), "correct": result.correct}
+
+
+def one_seed(base: str, seed: int, steps: int, every: int) -> dict[str, Any]:
+    """Train with the packaged recipe and evaluate every `every` steps."""
+    out = Path(tempfile.mkdtemp(prefix=f"tiny_lab_{base}{seed}_"))
+    settings = [f"seed={seed}", f"steps={steps}", f"evaluation.every={every}", "logging.tensorboard=false"]
+    trainer = Trainer(load_config(RECIPES[base], settings), out / "run", console=Lines())
+    kept: dict[int, dict[str, Any]] = {}
+    plain = trainer.evaluate
+
+    def keep(step: int) -> Evaluation | None:
+        result = plain(step)
+        if result is not None:
+            kept[step] = figures(trainer.policy, result)
+        return result
+
+    trainer.evaluate = keep  # type: ignore[method-assign]
+    started = time.perf_counter()
+    run = trainer.run()
+    history = [{k: row[k] for k in CURVES} for row in run.history]
+    shutil.rmtree(out)
+    return {
+        "seed": seed,
+        "history": history,
+        "evaluations": {str(step): value for step, value in kept.items()},
+        "seconds_steps": sum(row["seconds"] for row in history),
+        "seconds_all": time.perf_counter() - started,
+    }
+
+
+def sharpening(base: str, seeds: int) -> list[dict[str, Any]]:
+    """The base policy sampled at lower temperatures: what re-weighting gives without training."""
+    policy = load_policy(f"tiny/{base}", device="cpu")
+    problems = countdown.problems(96, 0, evaluation=True)
+    rows = []
+    for temperature in TEMPERATURES:
+        for seed in range(seeds):
+            sampling = Sampling(temperature, tiny.BASES[base].max_tokens + 3, 512)
+            result = evaluate(policy, CountdownTask(), problems, samples=64, sampling=sampling, seed=1000 + seed)
+            rows.append({"temperature": temperature, "seed": seed, **result.summary(KS)})
+        print(f"temperature {temperature}: pass@1 {rows[-1]['pass@1']:.1%}", flush=True)
+    return rows
+
+
+def digest(base: str) -> str:
+    """sha256 of the shipped weights."""
+    return hashlib.sha256((tiny.shipped(base) / "model.safetensors").read_bytes()).hexdigest()
+
+
+def spread(record: dict[str, Any], step: int, name: str) -> str:
+    """Mean and 95 % interval over seeds, in percent for rates."""
+    values = [seed["evaluations"][str(step)][name] for seed in record["seeds"]]
+    mean, half = seed_interval(values)
+    if name.startswith(("pass@", "wrong", "finished")):
+        return f"{mean:.1%} ± {half:.1%}" if name != "wrong_arithmetic" else f"{mean:.2%} ± {half:.2%}"
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def model_card(base: str, record: dict[str, Any]) -> str:
+    """The card that lies beside the weights."""
+    recipe = json.loads((tiny.shipped(base) / "pretrain.json").read_text())
+    config = recipe["config"]
+    steps = record["steps"]
+    names = ("pass@1", "pass@4", "pass@32", "pass@64", "distinct_correct", "token_entropy", "answer_entropy",
+             "mean_tokens", "finished", "wrong_arithmetic")  # fmt: skip
+    table = "\n".join(f"| {n} | {spread(record, 0, n)} | {spread(record, steps, n)} |" for n in names)
+    tempered = "\n".join(_tempered_row(record, t) for t in TEMPERATURES)
+    kinds = record["seeds"][0]["evaluations"]["0"]["entropy_by_class"]
+    classes = "\n".join(_class_row(record, name) for name in kinds)
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+
+# Base policy {base} of the tiny lab
+
+{tiny.BASES[base].attempts} attempt(s) at most. A Llama-format network (Qwen2's, see `rlvr_lab/policy/tiny.py`) of 3
+layers and width 96 over a vocabulary of 128 words, untied embeddings, float32, for the Countdown task of
+`rlvr_lab/tasks/countdown.py`. For teaching and tests; it knows nothing else.
+
+## Recipe
+
+`rlvr-lab pretrain --base {base} --out DIR` reproduces it: {config["steps"]:,} steps of {config["batch"]} sequences, seed
+{config["seed"]}, Muon {config["muon_lr"]} and AdamW {config["adamw_lr"]}, {config["goal_directed"]:.0%} goal-directed
+attempts, give-up probability {config["give_up"]}. Mean loss of the last 200 steps: {recipe["loss_last_200"]:.4f} nats
+per response token. Written {recipe["written"]}; sha256 of `model.safetensors`:
+
+    {digest(base)}
+
+One tenth of all problems, chosen by a hash of numbers and target, was never trained on; the figures below use it.
+
+## Measured
+
+{record["problems"]} held-out problems, {record["samples"]} samples each, temperature 1, {len(record["seeds"])} seeds:
+mean ± half-width of the 95 % Student-t interval. After: {steps} GRPO steps, `rlvr-lab train {RECIPES[base]}`.
+
+| | before | after GRPO |
+|---|---|---|
+{table}
+
+Sharpening without training (same problems, {len({r["seed"] for r in record["sharpening"]})} seeds, means):
+
+| temperature | pass@1 | pass@32 | distinct_correct | token_entropy |
+|---|---|---|---|---|
+{tempered}
+
+Mean token entropy in nats by what the token does, before and after (first seed):
+
+| token | before | after |
+|---|---|---|
+{classes}
+
+{_provenance(record)}
+"""
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    machine, seconds = record["machine"], [s["seconds_steps"] for s in record["seeds"]]
+    return (
+        f"The {record['steps']} steps took {min(seconds):.0f} to {max(seconds):.0f} s on {machine['processor']}, "
+        f"{machine['threads']} threads\n({record['load_note']}). Measured {record['date']} with torch "
+        f"{machine['torch']}, transformers {machine['transformers']}."
+    )
+
+
+def _tempered_row(record: dict[str, Any], temperature: float) -> str:
+    rows = [r for r in record["sharpening"] if r["temperature"] == temperature]
+    mean = {n: float(np.mean([r[n] for r in rows])) for n in ("pass@1", "pass@32", "distinct_correct", "token_entropy")}
+    return (
+        f"| {temperature} | {mean['pass@1']:.1%} | {mean['pass@32']:.1%} | {mean['distinct_correct']:.2f} "
+        f"| {mean['token_entropy']:.3f} |"
+    )
+
+
+def _class_row(record: dict[str, Any], name: str) -> str:
+    ends = [record["seeds"][0]["evaluations"][s]["entropy_by_class"] for s in ("0", str(record["steps"]))]
+    return f"| {name} | " + " | ".join(f"{e[name]:.3f}" if name in e else "-" for e in ends) + " |"
+
+
+def main(
+    base: Annotated[list[str] | None, typer.Option(help="S, R, or both.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    steps: Annotated[int, typer.Option(help="GRPO steps.")] = 80,
+    every: Annotated[int, typer.Option(help="Evaluate every so many steps.")] = 20,
+    load_note: Annotated[str, typer.Option(help="What else ran on the machine.")] = "nothing else running",
+) -> None:
+    """Measure the shipped bases; see the head of this file."""
+    for name in base or ["S", "R"]:
+        record: dict[str, Any] = {
+            "command": f"python benchmarks/tiny_lab.py --base {name} --seeds {seeds} --steps {steps} --every {every}",
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "load_note": load_note,
+            "weights_sha256": digest(name),
+            "recipe": RECIPES[name],
+            "problems": 96,
+            "samples": 64,
+            "steps": steps,
+            "seeds": [one_seed(name, seed, steps, every) for seed in range(seeds)],
+            "sharpening": sharpening(name, seeds),
+        }
+        path = ROOT / "book" / "data" / f"tiny_lab_{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(_rounded(record)) + "\n")
+        (tiny.shipped(name) / "README.md").write_text(model_card(name, record))
+        print(f"written {path.relative_to(ROOT)} and the model card", flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return round(value, 5) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    typer.run(main)

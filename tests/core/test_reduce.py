@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import ragged_mask
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlvr_lab.core.reduce import REDUCTIONS, masked_mean, reduce, reduction_weights
+
+LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)
+GARBAGE = st.sampled_from([math.nan, math.inf, -math.inf, 1e30])
+CONSTANT = 7.0
+
+
+def values_like(mask: torch.Tensor) -> torch.Tensor:
+    return torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+
+
+@given(LENGTHS)
+def test_weights_of_means_sum_to_one(lengths: list[int]) -> None:
+    mask = ragged_mask(lengths, 5)
+    for reduction in ("token_mean", "sequence_mean_of_token_mean"):
+        weights = reduction_weights(mask, reduction)  # type: ignore[arg-type]
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-6)
+        assert (weights[~mask] == 0).all()
+        assert (weights[mask] > 0).all()
+
+
+@given(LENGTHS)
+def test_weights_of_sums_are_one_per_response_or_per_constant(lengths: list[int]) -> None:
+    mask = ragged_mask(lengths, 5)
+    non_empty = sum(length > 0 for length in lengths)
+    weights = reduction_weights(mask, "sequence_mean_of_token_sum")
+    torch.testing.assert_close(weights, mask / non_empty)
+    weights = reduction_weights(mask, "sequence_mean_of_token_sum_over_constant", CONSTANT)
+    torch.testing.assert_close(weights, mask / (len(lengths) * CONSTANT))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@given(lengths=LENGTHS, garbage=GARBAGE)
+def test_padding_is_inert(reduction: str, lengths: list[int], garbage: float) -> None:
+    mask = ragged_mask(lengths, 5)
+    values = values_like(mask)
+    spoilt = values.masked_fill(~mask, garbage).requires_grad_()
+    clean = values.masked_fill(~mask, 0.0)
+    loss = reduce(spoilt, mask, reduction, CONSTANT)  # type: ignore[arg-type]
+    assert torch.equal(loss, reduce(clean, mask, reduction, CONSTANT))  # type: ignore[arg-type]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert spoilt.grad is not None
+    assert (spoilt.grad[~mask] == 0).all()
+    # neither does wider padding
+    wide, wide_mask = torch.nn.functional.pad(spoilt.detach(), (0, 3), value=garbage), torch.nn.functional.pad(mask, (0, 3))
+    torch.testing.assert_close(reduce(wide, wide_mask, reduction, CONSTANT), loss.detach())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@given(lengths=LENGTHS, random=st.randoms(use_true_random=False))
+def test_row_order_is_inert(reduction: str, lengths: list[int], random: object) -> None:
+    mask = ragged_mask(lengths, 5)
+    values = values_like(mask)
+    order = list(range(len(lengths)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    shuffled = reduce(values[order], mask[order], reduction, CONSTANT)  # type: ignore[arg-type]
+    torch.testing.assert_close(shuffled, reduce(values, mask, reduction, CONSTANT))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_to_average_over_is_an_error(reduction: str) -> None:
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="every token of this minibatch is masked"):
+        reduce(torch.ones(2, 3), nothing, reduction, CONSTANT)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("constant", [None, 0, -1.0])
+def test_the_constant_is_needed_where_it_divides(constant: float | None) -> None:
+    with pytest.raises(ValueError, match="needs a positive constant"):
+        reduction_weights(torch.ones(1, 2, dtype=torch.bool), "sequence_mean_of_token_sum_over_constant", constant)
+
+
+def test_an_unknown_reduction_is_refused_with_the_list() -> None:
+    with pytest.raises(ValueError, match=r"unknown reduction 'mean'.*token_mean"):
+        reduction_weights(torch.ones(1, 2, dtype=torch.bool), "mean")  # type: ignore[arg-type]
+
+
+def test_reductions_by_hand() -> None:
+    mask = ragged_mask([1, 3])
+    values = torch.tensor([[4.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    assert float(reduce(values, mask, "token_mean")) == pytest.approx(10 / 4)
+    assert float(reduce(values, mask, "sequence_mean_of_token_mean")) == pytest.approx((4 + 2) / 2)
+    assert float(reduce(values, mask, "sequence_mean_of_token_sum")) == pytest.approx((4 + 6) / 2)
+    over_constant = reduce(values, mask, "sequence_mean_of_token_sum_over_constant", 10)
+    assert float(over_constant) == pytest.approx((4 + 6) / 20)
+
+
+def test_an_undefined_mean_is_nan() -> None:
+    values = torch.tensor([math.inf, 2.0, 4.0])
+    assert math.isnan(masked_mean(values, torch.zeros(3, dtype=torch.bool)))
+    assert float(masked_mean(values, torch.tensor([False, True, True]))) == 3
