@@ -304,14 +304,29 @@ def _user_errors() -> Iterator[None]:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingStopped":
+    except OSError as error:
+        typer.echo(f"error: {error.filename or 'file'}: {error.strerror or error}", err=True)
+        raise typer.Exit(2) from None
+    except (RuntimeError, FloatingPointError) as error:
+        reason = _known_stop(error)
+        if reason is None:
             raise
-        typer.echo(f"stopped: {error}", err=True)
+        typer.echo(f"stopped: {reason}", err=True)
         raise typer.Exit(3) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _known_stop(error: Exception) -> str | None:
+    """What to tell the user about a run that could not go on; None for anything unforeseen."""
+    # by name, because importing torch here would slow down every --help
+    kind = type(error).__name__
+    if kind in ("TrainingStopped", "FloatingPointError"):
+        return str(error)
+    if kind == "OutOfMemoryError":
+        return "the GPU's memory is full; lower rollout.rows, update.micro_batch_rows or rollout.max_tokens"
+    return None
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> P
     Raises UserError for a missing directory, a directory without model or tokenizer, a tokenizer without an end
     token, and a tokenizer with more words than the model has embeddings.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -73,7 +74,7 @@ def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> P
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[dtype])
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load a causal language model from '{path}': {_first_line(error)}") from error
     model = model.to(pick_device(device)).eval()
     eos_ids = _end_tokens(model, tokenizer, path)

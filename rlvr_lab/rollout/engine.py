@@ -177,7 +177,10 @@ def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> t
 
     The draw divides probabilities by independent exponentials and takes the largest: an exact sample, and faster than
     torch.multinomial on a large vocabulary.
+    Raises FloatingPointError where the policy's logits are not finite.
     """
+    if bool(logits_BV.isnan().any()):
+        raise FloatingPointError("the policy's logits are nan: its weights are broken")
     if temperature == 0:
         zeros = torch.zeros(len(logits_BV), device=logits_BV.device)
         return logits_BV.argmax(-1), zeros, zeros

@@ -41,7 +41,7 @@ from .console import Console, Silent
 from .data import Problems, load_problems
 from .metrics import logprob_mismatch, rollout_metrics
 from .seeds import derive_seed, torch_generator
-from .update import Updater, schedule
+from .update import TrainingStopped, Updater, schedule
 
 SAMPLES_EVERY = 20
 # a resumed run may only differ in what does not change the steps already made
@@ -201,8 +201,11 @@ class Trainer:
     def collect(self, step: int) -> Rollout:
         """Prompts, rollout, score, reward: a graded rollout that is ready for advantages."""
         config = self.config
-        with self.clock.part("rollout"):
-            rollout = self._sample(step)
+        try:
+            with self.clock.part("rollout"):
+                rollout = self._sample(step)
+        except FloatingPointError as error:
+            raise TrainingStopped(f"step {step}: {error}. Lower optimizer.lr and resume or restart.") from error
         if config.update.recompute_old_logprob:
             with self.clock.part("score"):
                 rollout = score(self.policy.model, rollout, config.update.micro_batch_rows)
