@@ -2,7 +2,8 @@
 
 ``tests/mutants/<slug>/sitecustomize.py`` breaks the library on purpose. Python imports a module of that name at
 start-up, in the notebook's kernel too, when its folder is on PYTHONPATH. The chapter with that slug must then fail,
-and it must fail by a wrong value, not because the bug makes it crash: a crash is noticed by any notebook.
+and it must fail by a wrong value, not because the bug makes it crash: a crash is noticed by any notebook. That each
+chapter is green without a mutant is what `make chapters` checks.
 """
 
 from __future__ import annotations
@@ -48,11 +49,3 @@ def test_chapter_notices_its_mutant(slug: str) -> None:
     log = result.stdout[-3000:] + result.stderr[-1000:]
     assert result.returncode == 1, f"the chapter does not notice the bug\n{log}"
     assert any(text in result.stdout for text in NOTICED), f"it crashes instead of noticing\n{log}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("slug", CHAPTERS)
-def test_chapter_is_green_without_a_mutant(slug: str) -> None:
-    """Without this the test above could pass on a chapter that is always red."""
-    result = nbval(CHAPTERS[slug])
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
