@@ -131,8 +131,8 @@ def evaluate(
     problems: Annotated[int, typer.Option(help="Number of problems, from the first line on.", min=1)] = 96,
     samples: Annotated[int, typer.Option(help="Responses per problem; pass@k needs at least k.", min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.", min=0.0)] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest response. Default: 96, or 512 with --data.", min=1)] = None,
-    rows: Annotated[int | None, typer.Option(help="Responses in flight. Default: 512, or 64 with --data.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response; 96, or 512 with --data.", min=1)] = None,
+    rows: Annotated[int | None, typer.Option(help="Responses in flight; 512, or 64 with --data.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same figures (on CPU).")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one JSON line per problem here.")] = None,
@@ -215,7 +215,7 @@ def _evaluate(
 def pretrain(
     base: Annotated[str, typer.Option(help="S: one attempt. R: up to five attempts.")] = "S",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the new base policy.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of 64 sequences. Default: as shipped.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of 64 sequences; as shipped.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data.")] = 0,
     threads: Annotated[int, typer.Option(help="Processor threads; one is nearly as fast as two.", min=1)] = 1,
 ) -> None:

@@ -73,9 +73,7 @@ def sampled_rollout(policy: Policy, prompts: int = 4, group_size: int = 4, seed:
     problems = countdown.problems(prompts, seed)
     generator = torch.Generator().manual_seed(seed)
     settings = Sampling(**{"max_tokens": 20, **sampling})
-    rollout = TransformersEngine(policy).sample(
-        [list(p.prompt_ids) for p in problems], group_size, settings, generator
-    )
+    rollout = TransformersEngine(policy).sample([list(p.prompt_ids) for p in problems], group_size, settings, generator)
     cut = 20 - 3 * (torch.arange(len(rollout)) % 5)
     cut[-1] = 0
     mask = rollout.response_mask & (torch.arange(rollout.response_ids.shape[1])[None] < cut[:, None])

@@ -19,7 +19,7 @@ from rlvr_lab.policy.load import Policy, load_policy
 
 torch.set_num_threads(1)
 # the same examples everywhere, and no deadline: the first call into torch is slow on a busy machine
-settings.register_profile("rlvr_lab", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.register_profile("rlvr_lab", deadline=None, derandomize=True, max_examples=25, database=None)
 settings.load_profile("rlvr_lab")
 
 

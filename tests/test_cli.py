@@ -30,7 +30,7 @@ def lab(*arguments: object) -> Result:
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
     code = f"import rlvr_lab.cli, sys; print([m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -41,7 +41,7 @@ def test_help_is_served_without_anything_heavy_either() -> None:
         "try: c.app(['train', '--help'])\n"
         f"except SystemExit: print([m for m in {own} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip().endswith("[]")
 
 
@@ -137,7 +137,7 @@ def test_an_argument_out_of_range_is_named_before_anything_is_loaded(arguments: 
 
 def test_a_mistake_is_the_same_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlvr_lab.cli", "train", "grpo/tinny", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: no recipe 'grpo/tinny'; did you mean 'grpo/tiny'?\n"
@@ -164,6 +164,7 @@ def test_how_a_run_may_end(
 
 
 def test_a_pre_training_that_diverges_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "_batches", lambda config, first: iter([[]]))  # a shipped shard takes seconds to make
     monkeypatch.setattr(pretrain, "_step", lambda *arguments: float("nan"))
     result = lab("pretrain", "--steps", 1, "--out", tmp_path / "base")
     assert result.exit_code == 3

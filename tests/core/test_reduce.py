@@ -52,7 +52,8 @@ def test_padding_is_inert(reduction: str, lengths: list[int], garbage: float) ->
     assert spoilt.grad is not None
     assert (spoilt.grad[~mask] == 0).all()
     # neither does wider padding
-    wide, wide_mask = torch.nn.functional.pad(spoilt.detach(), (0, 3), value=garbage), torch.nn.functional.pad(mask, (0, 3))
+    wide = torch.nn.functional.pad(spoilt.detach(), (0, 3), value=garbage)
+    wide_mask = torch.nn.functional.pad(mask, (0, 3))
     torch.testing.assert_close(reduce(wide, wide_mask, reduction, CONSTANT), loss.detach())  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_pass_at_k_grows_with_k_and_ends_at_one_or_zero(case: tuple[int, int]) -
     n, c = case
     curve = [pass_at_k(n, [c], k)[0] for k in range(1, n + 1)]
     assert curve[0] == pytest.approx(c / n)
-    assert all(b >= a - 1e-12 for a, b in zip(curve, curve[1:], strict=False))
+    assert all(b >= a - 1e-12 for a, b in pairwise(curve))
     assert curve[-1] == (1.0 if c else 0.0)
 
 

@@ -32,7 +32,7 @@ from rlvr_lab.methods.grpo import GRPO
         ("grpo", {"dual_clip": 0.5}, "methods.grpo.dual_clip must be above 1 or null"),
         ("grpo", {"std": "samples"}, "methods.grpo.std must be sample, population or none, not 'samples'"),
         ("grpo", {"reduction": "token-mean"}, "methods.grpo.reduction must be one of token_mean"),
-        ("grpo", {"reduction": "sequence_mean_of_token_sum_over_constant"}, "methods.grpo.reduction_constant is needed"),
+        ("grpo", {"reduction": "sequence_mean_of_token_sum_over_constant"}, "methods.grpo.reduction_constant is need"),
     ],
 )
 def test_a_wrong_name_or_value_is_one_clear_line(slug: str, settings: dict[str, Any], message: str) -> None:
@@ -105,6 +105,4 @@ def test_the_released_preset_is_verls_on_the_golden_case() -> None:
     loss = reduce(per_token, mask, method.reduction, method.reduction_constant)
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == pytest.approx(case["outputs"]["token-mean"]["loss"], rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(
-        logprob.grad, torch.tensor(case["grad"]["value"]["token-mean"]), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(logprob.grad, torch.tensor(case["grad"]["value"]["token-mean"]), rtol=1e-5, atol=1e-6)

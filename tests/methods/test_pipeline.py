@@ -64,9 +64,7 @@ def test_weights_multiply() -> None:
 def test_regularisers_are_added_to_the_surrogate_and_leave_its_metrics_alone() -> None:
     rollout = make_rollout([2, 3])
     logprob, entropy = torch.full((2, 3), -1.0), torch.full((2, 3), 0.8)
-    inputs = LossInputs(
-        rollout, logprob, logprob, torch.ones(2, 3), torch.tensor(0.8), torch.tensor(1.2), entropy
-    )
+    inputs = LossInputs(rollout, logprob, logprob, torch.ones(2, 3), torch.tensor(0.8), torch.tensor(1.2), entropy)
     plain, _ = compose([grpo()]).surrogate(inputs)
     loss, surrogate = compose([grpo(), EntropyBonus(0.5), EntropyBonus(0.25)]).surrogate(inputs)
     torch.testing.assert_close(loss, plain - 0.75 * entropy)

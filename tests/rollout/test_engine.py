@@ -58,9 +58,7 @@ def test_a_prompt_alone_has_the_log_probs_it_has_beside_longer_ones(tiny_s: Poli
     assert not together.prompt_mask.all()
     for i, prompt in enumerate(RAGGED):
         row = together.rows(torch.tensor([i]))
-        alone = row.with_(
-            prompt_ids=torch.tensor([prompt]), prompt_mask=torch.ones(1, len(prompt), dtype=torch.bool)
-        )
+        alone = row.with_(prompt_ids=torch.tensor([prompt]), prompt_mask=torch.ones(1, len(prompt), dtype=torch.bool))
         with torch.no_grad():
             logprob, _ = response_statistics(tiny_s.model, alone)
         torch.testing.assert_close(row.behaviour_logprob[row.mask], logprob[row.mask], rtol=0, atol=1e-4)
@@ -179,7 +177,8 @@ def test_score_records_the_current_policy_for_any_number_of_rows(tiny_s: Policy)
         scored = score(tiny_s.model, bare, rows)
         assert scored.old_logprob is not None
         assert rollout.old_logprob is not None
-        torch.testing.assert_close(scored.old_logprob[rollout.mask], rollout.old_logprob[rollout.mask], rtol=0, atol=1e-4)
+        mask = rollout.mask
+        torch.testing.assert_close(scored.old_logprob[mask], rollout.old_logprob[mask], rtol=0, atol=1e-4)
         torch.testing.assert_close(
             scored.statistics["token_entropy"][rollout.mask], rollout.statistics["token_entropy"][rollout.mask],
             rtol=0, atol=1e-4,

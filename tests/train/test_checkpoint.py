@@ -187,7 +187,7 @@ checkpoint.save(root, policy, optimizer, checkpoint.TrainerState(2, {}), 2)
 
 @pytest.mark.slow
 def test_a_kill_during_a_write_leaves_the_older_checkpoint(root: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(root)], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(root)], capture_output=True, timeout=600)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     assert (root / "step_000002.partial").is_dir()
     found, refused = newest(root)

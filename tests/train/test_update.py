@@ -152,7 +152,9 @@ def train(fresh_s: FreshPolicy, rollout: Rollout, methods: Sequence[Method] = ()
     return model, metrics
 
 
-def test_skipping_dead_rows_is_exact_even_where_a_minibatch_has_no_other(fresh_s: FreshPolicy, rollout: Rollout) -> None:
+def test_skipping_dead_rows_is_exact_even_where_a_minibatch_has_no_other(
+    fresh_s: FreshPolicy, rollout: Rollout
+) -> None:
     """With one row per minibatch, each row of the dead group is a minibatch without gradient; AdamW's momentum must
     move the weights there all the same. One row per pass makes the arithmetic identical, so equality is exact."""
     rollout = rollout.rows(torch.arange(15))  # without the empty row, which alone would make an undefined mean
