@@ -160,9 +160,9 @@ layers and width 96 over a vocabulary of 128 words, untied embeddings, float32, 
 ## Recipe
 
 `rlvr-lab pretrain --base {base} --out DIR` reproduces it: {config["steps"]:,} steps of {config["batch"]} sequences,
-seed {config["seed"]}, Muon {config["muon_lr"]} and AdamW {config["adamw_lr"]}, {config["goal_directed"]:.0%} goal-directed
-attempts, give-up probability {config["give_up"]}. Mean loss of the last 200 steps: {recipe["loss_last_200"]:.4f} nats
-per response token. Written {recipe["written"]}; sha256 of `model.safetensors`:
+seed {config["seed"]}, Muon {config["muon_lr"]} and AdamW {config["adamw_lr"]}, {config["goal_directed"]:.0%} of the
+attempts goal-directed, give-up probability {config["give_up"]}. Mean loss of the last 200 steps:
+{recipe["loss_last_200"]:.4f} nats per response token. Written {recipe["written"]}; sha256 of `model.safetensors`:
 
     {digest(base)}
 

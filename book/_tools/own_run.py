@@ -41,7 +41,7 @@ for name in names:
         a, b = first[name], last[name]
         print(f"{name:18}{a:10.3f}{b:10.3f}{b - a:+10.3f}")
 machine = summary["machine"]
-print(f"\\n{summary['steps']} steps in {summary['seconds_training']:.0f} s, evaluation included, on")
+print(f"\\n{summary['steps']} steps in {summary['seconds_steps']:.0f} s, without the evaluations, on")
 print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {summary['date']}")"""
 
 CURVES = """\

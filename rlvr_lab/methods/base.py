@@ -57,6 +57,8 @@ class Method:
 
     slug: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
+    learns_without_advantage: ClassVar[bool] = False
+    """True for a surrogate that has a gradient where the advantage is 0, such as one with a KL term inside."""
     reduction: Reduction
     reduction_constant: float | None = None
 
@@ -76,6 +78,10 @@ class Pipeline:
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = tuple(methods)
         self.hooks = {hook: [m for m in self.methods if callable(getattr(m, hook, None))] for hook in HOOKS}
+        slugs = [m.slug for m in self.methods]
+        for slug in slugs:
+            if slugs.count(slug) > 1:
+                raise UserError(f"method '{slug}' stands twice in this composition")
         for hook in EXCLUSIVE:
             if len(self.hooks[hook]) > 1:
                 owners = " and ".join(f"'{m.slug}'" for m in self.hooks[hook])
@@ -86,8 +92,13 @@ class Pipeline:
 
     @property
     def uses_entropy(self) -> bool:
-        """True where a loss term needs differentiable entropies; then no row may be skipped either."""
+        """True where a loss term needs differentiable entropies."""
         return bool(self.hooks["regularise"])
+
+    @property
+    def keeps_every_row(self) -> bool:
+        """True where a response of zero advantage still has a gradient, so that none may be skipped."""
+        return self.uses_entropy or any(m.learns_without_advantage for m in self.methods)
 
     def owner(self, hook: str) -> Any:
         """The only owner of an exclusive hook, or None."""
@@ -103,7 +114,10 @@ class Pipeline:
         """Add every method's reward components and set `reward` to their sum."""
         components = dict(rollout.reward_components)
         for method in self._chain("reward"):
-            components |= method.reward(rollout)
+            added = method.reward(rollout)
+            if clash := sorted(components.keys() & added.keys()):
+                raise UserError(f"method '{method.slug}' names a reward component '{clash[0]}' that exists already")
+            components |= added
         total = torch.stack(list(components.values())).sum(0)
         return rollout.with_(reward_components=components, reward=total)
 

@@ -175,6 +175,8 @@ def _restore(
     optimizers: list[torch.optim.Optimizer],
     history: list[float],
 ) -> int:
+    if (out / "pretrain.json").exists():
+        raise UserError(f"{out} already holds a finished base policy; choose another --out")
     if not (out / "state.pt").exists():
         return 0
     state = torch.load(out / "state.pt", weights_only=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,31 +43,46 @@ class TrainerState:
 def save(root: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int) -> Path:
     """Write `root/step_NNNNNN` atomically and drop all but the newest `keep`. Raises DiskError on a failed write."""
     final = root / f"step_{state.step:06d}"
-    partial = final.with_name(final.name + PARTIAL)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(partial, policy, optimizer, state)
-        _seal(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _sync(root)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise DiskError(
-            f"cannot write checkpoint {final}: {reason}. Earlier checkpoints are intact; "
-            "free some space or choose another --out, then use --resume."
-        ) from error
+    _atomically(final, lambda where: _write(where, policy, optimizer, state))
     for old in _directories(root)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
-def _write(where: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+def save_policy(final: Path, policy: Policy) -> Path:
+    """Write a transformers directory atomically, in place of an older one. Raises DiskError on a failed write."""
+    _atomically(final, lambda where: _write_policy(where, policy))
+    return final
+
+
+def _atomically(final: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory beside `final`, sync and seal it, then rename it. On failure `final` is what it was."""
+    partial = final.with_name(final.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        _seal(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise DiskError(
+            f"cannot write {final}: {reason}. Earlier checkpoints are intact; "
+            "free some space or choose another --out, then use --resume."
+        ) from error
+
+
+def _write_policy(where: Path, policy: Policy) -> None:
     policy.model.save_pretrained(where)
     policy.tokenizer.save_pretrained(where)
+
+
+def _write(where: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    _write_policy(where, policy)
     tensors: dict[str, Tensor] = {}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()}

@@ -101,7 +101,6 @@ class Trainer:
         )
         self._write_settings()
         self.log = logs.RunLog(out, config.logging.tensorboard, self.first_step)
-        self._checkpointed: int | None = self.first_step if start else None
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -152,7 +151,6 @@ class Trainer:
         if not self._evaluated(self.first_step):
             self.evaluate(self.first_step)
         done, interrupted = self.first_step, False
-        started = time.perf_counter()
         self.console.begin("training", config.steps, done)
         try:
             for step in range(self.first_step, config.steps):
@@ -172,7 +170,7 @@ class Trainer:
             self.console.end()
             self.log.close()
         if not interrupted:
-            self._finish(done, time.perf_counter() - started)
+            self._finish(done)
         evaluations = logs.read_jsonl(self.out / "evaluations.jsonl")
         ends = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
         return RunResult(self.out, done, interrupted, *ends)
@@ -282,15 +280,14 @@ class Trainer:
         keep = self.config.checkpoint.keep
         return checkpoint.save(self.out / "checkpoints", self.policy, self.optimizer, state, keep)
 
-    def _finish(self, done: int, seconds: float) -> None:
+    def _finish(self, done: int) -> None:
         if not self._evaluated(done):
             self.evaluate(done)
-        self.policy.model.save_pretrained(self.out / "model")
-        self.policy.tokenizer.save_pretrained(self.out / "model")
+        checkpoint.save_policy(self.out / "model", self.policy)
         evaluations = logs.read_jsonl(self.out / "evaluations.jsonl")
         summary = {
             "steps": done,
-            "seconds_training": seconds,
+            "seconds_steps": sum(row["seconds"] for row in logs.read_jsonl(self.out / "metrics.jsonl")),
             "evaluations": evaluations,
             "machine": machine(),
             "date": time.strftime("%Y-%m-%d"),

@@ -99,7 +99,7 @@ class Updater:
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
         if not (abs(loss) < float("inf") and norm < float("inf")):
             raise TrainingStopped(
-                f"step {step}: loss is {loss}, gradient norm {norm}. Nothing was updated. "
+                f"step {step}: loss is {loss}, gradient norm {norm}. This minibatch was not applied. "
                 "Lower optimizer.lr or raise optimizer.warmup; with bfloat16, try model.dtype=float32."
             )
         with clock.part("optimizer"):
@@ -138,7 +138,7 @@ class Updater:
         return total
 
     def _micro_batches(self, batch: Rollout, live: Tensor) -> Iterator[Tensor]:
-        skip = self.skip_dead_rows and not self.pipeline.uses_entropy
+        skip = self.skip_dead_rows and not self.pipeline.keeps_every_row
         rows = live.nonzero().squeeze(1) if skip else batch.mask.any(1).nonzero().squeeze(1)
         by_length = rows[batch.lengths[rows].argsort(descending=True, stable=True)]
         if len(by_length):

@@ -66,9 +66,21 @@ def test_regularisers_are_added_to_the_surrogate_and_leave_its_metrics_alone() -
     logprob, entropy = torch.full((2, 3), -1.0), torch.full((2, 3), 0.8)
     inputs = LossInputs(rollout, logprob, logprob, torch.ones(2, 3), torch.tensor(0.8), torch.tensor(1.2), entropy)
     plain, _ = compose([grpo()]).surrogate(inputs)
-    loss, surrogate = compose([grpo(), EntropyBonus(0.5), EntropyBonus(0.25)]).surrogate(inputs)
+
+    class SecondBonus(EntropyBonus):
+        """The same term under another name."""
+
+        slug = "second_bonus"
+
+    loss, surrogate = compose([grpo(), EntropyBonus(0.5), SecondBonus(0.25)]).surrogate(inputs)
     torch.testing.assert_close(loss, plain - 0.75 * entropy)
     assert torch.equal(surrogate.loss, plain)
+
+
+def test_one_method_cannot_stand_twice() -> None:
+    # both would share one entry of a checkpoint
+    with pytest.raises(UserError, match="'entropy_bonus' stands twice"):
+        compose([grpo(), EntropyBonus(0.5), EntropyBonus(0.25)])
 
 
 def test_the_advantage_is_detached_and_zero_outside_the_mask() -> None:
