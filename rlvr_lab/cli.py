@@ -246,7 +246,7 @@ def pretrain(
         torch.set_num_threads(threads)
         config = replace(SHIPPED[base], seed=seed, steps=steps or SHIPPED[base].steps)
         console = for_terminal()
-        console.begin(f"pre-training {base}", config.steps)
+        console.begin(f"pre-training {base}", config.total_steps)
         try:
             run(config, out, lambda step, loss, factor: console.advance(1))
         finally:

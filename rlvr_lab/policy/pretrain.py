@@ -2,7 +2,9 @@
 
 Muon on the two-dimensional hidden weights, AdamW on embeddings, norms and biases; 64 sequences per step, sorted by
 length within pools; linear warm-up, a flat stretch, linear decay over the last 40 %; the loss counts response tokens
-only. Resumable: the training state is written every `save_every` steps and picked up again by the same command.
+only. A base may then be broadened: some more steps, with fresh optimizers and a smaller rate, on traces of which fewer
+are goal-directed. That moves weight from the good mode to the broad one without unlearning either. Resumable: the
+training state is written every `save_every` steps and picked up again by the same command.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class PretrainConfig:
     clip: float = 1.0
     goal_directed: float = 0.4
     give_up: float = 0.3
+    broaden_steps: int = 0
+    """Steps of the second phase, its share of goal-directed attempts, and its first learning-rate factor."""
+    broaden_goal_directed: float = 0.25
+    broaden_factor: float = 0.2
     seed: int = 0
     shard: int = 64 * 400
     save_every: int = 500
@@ -46,9 +52,21 @@ class PretrainConfig:
     def traces(self) -> countdown.Traces:
         return replace(tiny.BASES[self.base], goal_directed=self.goal_directed, give_up=self.give_up)
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of both phases."""
+        return self.steps + self.broaden_steps
+
+    def traces_at(self, step: int) -> countdown.Traces:
+        """How the traces of a step are written."""
+        return self.traces if step < self.steps else replace(self.traces, goal_directed=self.broaden_goal_directed)
+
 
 # how the shipped checkpoints were made
-SHIPPED = {"S": PretrainConfig(base="S", steps=15_000), "R": PretrainConfig(base="R", steps=12_000)}
+SHIPPED = {
+    "S": PretrainConfig(base="S", steps=15_000, broaden_steps=1_000),
+    "R": PretrainConfig(base="R", steps=12_000),
+}
 
 Progress = Callable[[int, float, float], None]
 
@@ -67,12 +85,14 @@ def pretrain(config: PretrainConfig, out: Path, progress: Progress = lambda step
     model.train()
     for step, sequences in enumerate(_batches(config, first), start=first):
         factor = _schedule(step, config)
+        if step == config.steps:
+            optimizers = _optimizers(model, config)
         loss = _step(model, optimizers, sequences, factor, config)
         if not np.isfinite(loss):
             raise FloatingPointError(f"pre-training loss is {loss} at step {step}; lower muon_lr or adamw_lr")
         history.append(loss)
         progress(step + 1, loss, factor)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             _save_state(out, config, model, optimizers, history)
     model.eval()
     tiny.export(model, out)
@@ -93,6 +113,8 @@ def _optimizers(model: torch.nn.Module, config: PretrainConfig) -> list[torch.op
 
 
 def _schedule(step: int, config: PretrainConfig) -> float:
+    if step >= config.steps:
+        return config.broaden_factor * (config.total_steps - step) / config.broaden_steps
     decay_from = int(config.steps * (1 - config.decay_share))
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -102,13 +124,17 @@ def _schedule(step: int, config: PretrainConfig) -> float:
 def _batches(config: PretrainConfig, first: int) -> Iterator[list[list[int]]]:
     """Batches from step `first` on. Every shard has its own seed, so that resuming repeats nothing."""
     per_shard = config.shard // config.batch
-    for shard in range(first // per_shard, -(-config.steps // per_shard)):
-        rng = np.random.default_rng([config.seed, shard])
-        sequences = list(countdown.traces(config.shard, config.traces, rng))
-        order = _length_pools([len(s) for s in sequences], config.batch, rng)
-        for i, rows in enumerate(order):
-            step = shard * per_shard + i
-            if first <= step < config.steps:
+    # a phase starts with a shard of its own, whether or not the one before it was used up
+    phases = ((0, config.steps), (config.steps, config.total_steps))
+    for phase, (begin, end) in enumerate(phases):
+        for shard, start in enumerate(range(begin, end, per_shard)):
+            stop = min(start + per_shard, end)
+            if stop <= first:
+                continue
+            rng = np.random.default_rng([config.seed, shard] if phase == 0 else [config.seed, shard, phase])
+            sequences = list(countdown.traces(config.shard, config.traces_at(start), rng))
+            order = _length_pools([len(s) for s in sequences], config.batch, rng)
+            for rows in order[max(first - start, 0) : stop - start]:
                 yield [sequences[r] for r in rows]
 
 

@@ -12,8 +12,8 @@ from rlvr_lab.policy import pretrain as module
 from rlvr_lab.policy.load import load_policy
 from rlvr_lab.policy.pretrain import SHIPPED, PretrainConfig, pretrain
 
-# four steps a shard, so that the run crosses into a second one
-SMALL = PretrainConfig(steps=6, batch=8, shard=32, warmup=2, save_every=2)
+# four steps and then two of the second phase, whose shard is its own
+SMALL = PretrainConfig(steps=4, broaden_steps=2, batch=8, shard=32, warmup=2, save_every=2)
 
 
 def interrupt_at(step: int) -> module.Progress:
@@ -50,7 +50,7 @@ def test_the_result_is_a_policy_with_its_record_and_learned_something(straight: 
     out, losses = straight
     assert load_policy(str(out), device="cpu").eos_ids == (2,)
     record = json.loads((out / "pretrain.json").read_text())
-    assert record["config"]["steps"] == 6
+    assert record["config"]["steps"] == 4
     assert record["loss_last_200"] == pytest.approx(sum(losses) / 6)
     assert not (out / "state.pt").exists()
     assert losses[0] == pytest.approx(math.log(128), abs=0.3)
@@ -77,6 +77,8 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     assert factors[0] == 0.1
     assert factors[9] == factors[10] == factors[59] == 1
     assert factors[80] == pytest.approx(0.5)
+    broadened = replace(config, broaden_steps=10, broaden_factor=0.2)
+    assert [module._schedule(step, broadened) for step in (99, 100, 105)] == [factors[99], 0.2, 0.1]
     assert 0 < factors[99] < 0.03
     assert factors[60:] == sorted(factors[60:], reverse=True)
 
