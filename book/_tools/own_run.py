@@ -108,10 +108,11 @@ TRANSCRIPT = """\
 from rlvr_lab.show.transcript import transcript_html
 from rlvr_lab.tasks.countdown import token_class
 
-sample = next((row for row in samples[::-1] if row["correct"]), samples[-1])
+# the response with the most to see: the largest entropy in one token
+sample = max(samples, key=lambda row: max(row["token_entropy"]))
 words = sample["response"].split()
 print(f"step {sample['step']}, problem {sample['problem']}, correct: {sample['correct']}")
-transcript_html(words, sample["token_entropy"], kinds=token_class(words), title="A response of your run")"""
+transcript_html([word + " " for word in words], sample["token_entropy"], kinds=token_class(words), title="A response of your run")"""
 
 
 def build(run: Path, recorded: Path) -> nbformat.NotebookNode:
