@@ -112,7 +112,8 @@ from rlvr_lab.tasks.countdown import token_class
 sample = max(samples, key=lambda row: max(row["token_entropy"]))
 words = sample["response"].split()
 print(f"step {sample['step']}, problem {sample['problem']}, correct: {sample['correct']}")
-transcript_html([word + " " for word in words], sample["token_entropy"], kinds=token_class(words), title="A response of your run")"""
+spaced = [word + " " for word in words]
+transcript_html(spaced, sample["token_entropy"], kinds=token_class(words), title="A response of your run")"""
 
 
 def build(run: Path, recorded: Path) -> nbformat.NotebookNode:
