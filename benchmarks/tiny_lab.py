@@ -153,7 +153,7 @@ library_name: transformers
 
 # Base policy {base} of the tiny lab
 
-{tiny.BASES[base].attempts} attempt(s) at most. A Llama-format network (Qwen2's, see `rlvr_lab/policy/tiny.py`) of 3
+{_attempts(base)} A Llama-format network (Qwen2's, see `rlvr_lab/policy/tiny.py`) of 3
 layers and width 96 over a vocabulary of 128 words, untied embeddings, float32, for the Countdown task of
 `rlvr_lab/tasks/countdown.py`. For teaching and tests; it knows nothing else.
 
@@ -161,7 +161,7 @@ layers and width 96 over a vocabulary of 128 words, untied embeddings, float32, 
 
 `rlvr-lab pretrain --base {base} --out DIR` reproduces it: {config["steps"]:,} steps of {config["batch"]} sequences,
 seed {config["seed"]}, Muon {config["muon_lr"]} and AdamW {config["adamw_lr"]}, {config["goal_directed"]:.0%} of the
-attempts goal-directed, give-up probability {config["give_up"]}. Mean loss of the last 200 steps:
+attempts goal-directed, give-up probability {config["give_up"]}. {_broadening(config)}Mean loss of the last 200 steps:
 {recipe["loss_last_200"]:.4f} nats per response token. Written {recipe["written"]}; sha256 of `model.safetensors`:
 
     {digest(base)}
@@ -191,6 +191,21 @@ Mean token entropy in nats by what the token does, before and after (first seed)
 
 {_provenance(record)}
 """
+
+
+def _attempts(base: str) -> str:
+    attempts = tiny.BASES[base].attempts
+    return "Writes a single attempt." if attempts == 1 else f"Writes up to {attempts} attempts."
+
+
+def _broadening(config: dict[str, Any]) -> str:
+    if not config["broaden_steps"]:
+        return ""
+    return (
+        f"Then {config['broaden_steps']:,} steps with\nfresh optimizers, learning rate falling from "
+        f"{config['broaden_factor']:.0%} to 0 and {config['broaden_goal_directed']:.0%} of the attempts goal-directed: "
+        "\nthis lowers pass@1 and leaves pass@32, so that a run has room to show what it does.\n"
+    )
 
 
 def _provenance(record: dict[str, Any]) -> str:
