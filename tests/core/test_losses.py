@@ -20,7 +20,7 @@ def one(logprob: float, old: float, advantage: float, **settings: float) -> tupl
     loss = clipped_surrogate(x, torch.tensor([[old]]), torch.tensor([[advantage]]), **bounds).loss  # type: ignore[arg-type]
     loss.sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
-    return float(loss), float(x.grad)
+    return float(loss.detach()), float(x.grad)
 
 
 @given(LOGPROB, LOGPROB, ADVANTAGE)
