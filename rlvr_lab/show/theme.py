@@ -143,7 +143,8 @@ def figure(*traces: Any, alt: str, x: str, y: str, **layout: Any) -> go.Figure:
     """A figure in the house style.
 
     ``alt`` says in one or two sentences what the figure shows: it is read aloud, and printed where no script runs.
-    ``x`` and ``y`` are axis titles with units ("entropy (nats)"). ``layout`` goes to plotly unchanged.
+    ``x`` and ``y`` are axis titles with units ("entropy (nats)"). A ``title`` stands in a row of its
+    own above the legend; the rest of ``layout`` goes to plotly unchanged.
     """
     if len(alt.strip()) < _MIN_ALT or not alt.strip().endswith("."):
         raise ValueError("alt must be a sentence that says what the figure shows, and end with a full stop")
@@ -151,7 +152,12 @@ def figure(*traces: Any, alt: str, x: str, y: str, **layout: Any) -> go.Figure:
         if not title.strip():
             raise ValueError(f"the {axis} axis needs a title with its unit")
     result = go.Figure(list(traces), layout={"template": "rlvr", "meta": {"alt": alt.strip()}})
+    heading = layout.pop("title", None)
     result.update_layout(xaxis_title_text=x, yaxis_title_text=y, **layout)
+    if heading:
+        # a row of its own above the legend, left of the toolbar: plotly's default lies on both
+        place = {"x": 0, "xref": "container", "xanchor": "left", "y": 0.98, "yref": "container", "yanchor": "top"}
+        result.update_layout(title={"text": heading, "font": {"size": 15}, **place}, margin_t=96, height=420)
     return result
 
 
