@@ -159,7 +159,7 @@ layers and width 96 over a vocabulary of 128 words, untied embeddings, float32, 
 
 ## Recipe
 
-`rlvr-lab pretrain --base {base} --out DIR` reproduces it: {config["steps"]:,} steps of {config["batch"]} sequences,
+`rlvr-lab pretrain --base {base} --out DIR` runs this recipe: {config["steps"]:,} steps of {config["batch"]} sequences,
 seed {config["seed"]}, Muon {config["muon_lr"]} and AdamW {config["adamw_lr"]}, {config["goal_directed"]:.0%} of the
 attempts goal-directed, give-up probability {config["give_up"]}. {_broadening(config)}Mean loss of the last 200 steps:
 {recipe["loss_last_200"]:.4f} nats per response token. Written {recipe["written"]}; sha256 of `model.safetensors`:
@@ -203,7 +203,7 @@ def _broadening(config: dict[str, Any]) -> str:
         return ""
     return (
         f"Then {config['broaden_steps']:,} steps with\nfresh optimizers, learning rate falling from "
-        f"{config['broaden_factor']:.0%} to 0 and {config['broaden_goal_directed']:.0%} of the attempts goal-directed: "
+        f"{config['broaden_factor']:.0%} to 0 and {config['broaden_goal_directed']:.0%} of the attempts goal-directed:"
         "\nthis lowers pass@1 and leaves pass@32, so that a run has room to show what it does.\n"
     )
 

@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Train a policy with reinforcement learning from verifiable rewards.
 
-    The tiny lab, about a minute on two cores:
+    The tiny lab, about two minutes on two cores:
 
         rlvr-lab train grpo/tiny --out runs/first
 

@@ -30,7 +30,7 @@ def train(settings: Sequence[str]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: further arguments are settings of the run, such as `steps=20`."""
     settings = list(sys.argv[1:] if argv is None else argv)
-    print("1/3  training the tiny lab, about a minute on two idle cores", flush=True)
+    print("1/3  training the tiny lab, about two minutes on two idle cores", flush=True)
     run = train(settings)
     print("2/3  writing the page about your run", flush=True)
     own_run.write(run, RECORDED, build_book.OWN_RUN)

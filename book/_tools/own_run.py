@@ -6,7 +6,6 @@ in the staged copy of the book, so that the checkout stays clean.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import execute
@@ -119,7 +118,7 @@ transcript_html(spaced, sample["token_entropy"], kinds=token_class(words), title
 def build(run: Path, recorded: Path) -> nbformat.NotebookNode:
     """The page as a notebook without outputs."""
     md, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
-    config = json.loads(json.dumps(_settings(run)))
+    config = _settings(run)
     cells = [
         md(
             "# Your own run\n\nThis page shows the run that `make book` has just made on this machine: "
