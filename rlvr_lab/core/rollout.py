@@ -27,6 +27,7 @@ PROVIDED_BY = {
     "prefix_length": "a method with a `sample` hook that branches",
     "turn_id": "a multi-turn environment (data.task)",
     "segment_id": "a method with a `sample` hook that segments responses",
+    "ref_logprob": "the training loop, which keeps a copy of the starting policy for methods that require it",
     "token_entropy": "a sampling engine that records entropies, or update.recompute_old_logprob: true",
 }
 

@@ -1,4 +1,4 @@
-"""The tiny lab's policies: 386 thousand parameters, ordinary transformers directories, shipped with the package.
+"""The tiny lab's policies: ordinary transformers directories of 423 thousand parameters, shipped with the package.
 
 Two bases, pre-trained from scratch on synthetic traces (`rlvr-lab pretrain` reproduces them):
 
@@ -12,7 +12,8 @@ Embeddings are untied: with tied ones vLLM's weight update silently keeps the ol
 
 The network is Qwen2's. It is written as a Llama with attention biases, the same function (the output projection's
 bias, which Qwen2 lacks, is zero), because `AutoTokenizer` of transformers 5.16-5.19 opens every directory of model type
-`qwen2` with Qwen2's own byte-level tokenizer, whatever tokenizer lies there.
+`qwen2` with Qwen2's own byte-level tokenizer, whatever tokenizer lies there. Its heads are 24 wide and are written 32
+wide, because vLLM's CPU attention takes no width below 32: again the same function, with 37 thousand zeros added.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from typing import TYPE_CHECKING
 from ..tasks import countdown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 BASES = {"S": countdown.SINGLE, "R": countdown.RETRIES}
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, POSITIONS = 96, 3, 4, 288, 128
+EXPORTED_HEAD_WIDTH = 32
+"""The narrowest attention head that vLLM 0.32.0 runs on a CPU."""
 
 
 def shipped(base: str) -> Path:
@@ -68,8 +72,12 @@ def build_model(seed: int) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(build_config())
 
 
-def export(model: Qwen2ForCausalLM, out: Path) -> None:
-    """Write the policy to `out` as a Llama directory with its tokenizer; see the head of this module."""
+def export(model: Qwen2ForCausalLM | LlamaForCausalLM, out: Path) -> None:
+    """Write the policy to `out` as a Llama directory with its tokenizer; see the head of this module.
+
+    Heads narrower than `EXPORTED_HEAD_WIDTH` are widened to it (`widen_heads`). A Llama may be given as well; one that
+    this function wrote comes out unchanged. Raises ValueError for a model of another kind.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -77,13 +85,19 @@ def export(model: Qwen2ForCausalLM, out: Path) -> None:
     settings = model.config.to_dict()
     keep = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "rope_parameters", "rms_norm_eps", "tie_word_embeddings",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
         "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
-    config = LlamaConfig(**{name: settings[name] for name in keep}, attention_bias=True)
+    narrow = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    wide = max(narrow, EXPORTED_HEAD_WIDTH)
+    rope = dict(settings["rope_parameters"])
+    rope["rope_theta"] **= wide / narrow  # pair i turns at theta**(-2 i / width): the old pairs keep their frequencies
+    config = LlamaConfig(
+        **{name: settings[name] for name in keep}, rope_parameters=rope, head_dim=wide, attention_bias=True
+    )
     with torch.random.fork_rng(devices=[]):
         llama = LlamaForCausalLM(config)
-    missing, unexpected = llama.load_state_dict(model.state_dict(), strict=False)
+    missing, unexpected = llama.load_state_dict(widen_heads(model.state_dict(), narrow, wide), strict=False)
     if unexpected or any(not name.endswith("o_proj.bias") for name in missing):
         raise ValueError(f"Qwen2 and Llama disagree on parameters: {missing} {unexpected}")
     for name, parameter in llama.named_parameters():
@@ -92,6 +106,37 @@ def export(model: Qwen2ForCausalLM, out: Path) -> None:
     logging.disable_progress_bar()
     llama.save_pretrained(out)
     build_tokenizer().save_pretrained(out)
+
+
+def widen_heads(state: dict[str, Tensor], narrow: int, wide: int) -> dict[str, Tensor]:
+    """State of the same function with attention heads of width `wide`; the rotary base is the caller's to change.
+
+    Rows of `q_proj`, `k_proj`, `v_proj` and columns of `o_proj` go to the places that keep rotary pairs together
+    (i with i + width / 2), zeros fill the rest. Attention divides scores by sqrt(width), so q is multiplied by
+    sqrt(wide / narrow). Training leaves the zeros alone: the gradient of a padded row is linear in the
+    values of its counterpart (q in k, v in o, and the reverse), which are zero too. It is not quite the training of the
+    narrow heads: an optimizer whose step ignores the gradient's size, AdamW, moves the enlarged q relatively less.
+    """
+    import torch
+
+    pairs = torch.arange(narrow // 2)
+    places = torch.cat([pairs, wide // 2 + pairs])
+
+    def widen(rows: Tensor) -> Tensor:
+        heads = rows.reshape(-1, narrow, *rows.shape[1:])
+        out = torch.zeros(heads.shape[0], wide, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        out[:, places] = heads
+        return out.flatten(0, 1)
+
+    widened = dict(state)
+    for name, value in state.items():
+        if ".q_proj." in name:
+            widened[name] = widen(value) * (wide / narrow) ** 0.5
+        elif ".k_proj." in name or ".v_proj." in name:
+            widened[name] = widen(value)
+        elif name.endswith(".o_proj.weight"):
+            widened[name] = widen(value.T).T
+    return widened
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from builders import ragged_mask
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlvr_lab.core.reduce import REDUCTIONS, masked_mean, reduce, reduction_weights
+from rlvr_lab.core.reduce import OVER_CONSTANT, REDUCTIONS, masked_mean, reduce, reduction_weights
 
 LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)
 GARBAGE = st.sampled_from([math.nan, math.inf, -math.inf, 1e30])
@@ -37,6 +38,7 @@ def test_weights_of_sums_are_one_per_response_or_per_constant(lengths: list[int]
     torch.testing.assert_close(weights, mask / non_empty)
     weights = reduction_weights(mask, "sequence_mean_of_token_sum_over_constant", CONSTANT)
     torch.testing.assert_close(weights, mask / (len(lengths) * CONSTANT))
+    torch.testing.assert_close(reduction_weights(mask, "token_sum_over_constant", CONSTANT), mask / CONSTANT)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -75,15 +77,44 @@ def test_nothing_to_average_over_is_an_error(reduction: str) -> None:
         reduce(torch.ones(2, 3), nothing, reduction, CONSTANT)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reduction", OVER_CONSTANT)
 @pytest.mark.parametrize("constant", [None, 0, -1.0])
-def test_the_constant_is_needed_where_it_divides(constant: float | None) -> None:
-    with pytest.raises(ValueError, match="needs a positive constant"):
-        reduction_weights(torch.ones(1, 2, dtype=torch.bool), "sequence_mean_of_token_sum_over_constant", constant)
+def test_the_constant_is_needed_where_it_divides(reduction: Any, constant: float | None) -> None:
+    with pytest.raises(ValueError, match=f"^{reduction} needs a positive constant"):
+        reduction_weights(torch.ones(1, 2, dtype=torch.bool), reduction, constant)
 
 
-def test_an_unknown_reduction_is_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match=r"unknown reduction 'mean'.*token_mean"):
-        reduction_weights(torch.ones(1, 2, dtype=torch.bool), "mean")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mean", "did you mean 'token_mean'"),
+        ("token-mean", "did you mean 'token_mean'"),
+        ("seq-mean-token-mean", "did you mean 'sequence_mean_of_token_mean'"),
+        ("sum", "choose one of: sequence_mean_of_token_mean, "),
+    ],
+)
+def test_an_unknown_reduction_is_refused_with_the_nearest_name(name: Any, hint: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown reduction '{name}'; {hint}"):
+        reduction_weights(torch.ones(1, 2, dtype=torch.bool), name)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_double_precision_is_kept(reduction: Any) -> None:
+    mask = ragged_mask([1, 3, 3])
+    values = values_like(mask).double()
+    constant = {"constant": CONSTANT} if reduction in OVER_CONSTANT else {}
+    loss = reduce(values, mask, reduction, **constant)
+    divisor = {
+        "token_mean": [7, 7, 7],
+        "sequence_mean_of_token_mean": [3, 9, 9],
+        "sequence_mean_of_token_sum": [3, 3, 3],
+        "sequence_mean_of_token_sum_over_constant": [21, 21, 21],
+        "token_sum_over_constant": [7, 7, 7],
+    }[reduction]
+    exact = sum(float(row[m].sum()) / d for row, m, d in zip(values, mask, divisor, strict=True))
+    assert loss.dtype == torch.float64
+    assert float(loss) == pytest.approx(exact, abs=1e-14)
+    assert reduce(values.bfloat16(), mask, reduction, **constant).dtype == torch.float32
 
 
 def test_reductions_by_hand() -> None:
@@ -94,6 +125,22 @@ def test_reductions_by_hand() -> None:
     assert float(reduce(values, mask, "sequence_mean_of_token_sum")) == pytest.approx((4 + 6) / 2)
     over_constant = reduce(values, mask, "sequence_mean_of_token_sum_over_constant", 10)
     assert float(over_constant) == pytest.approx((4 + 6) / 20)
+    assert float(reduce(values, mask, "token_sum_over_constant", 10)) == pytest.approx((4 + 6) / 10)
+
+
+def test_an_empty_response_counts_only_where_all_responses_do() -> None:
+    mask = ragged_mask([0, 3])
+    values = torch.tensor([[9.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+    expected = {
+        "token_mean": 2.0,
+        "sequence_mean_of_token_mean": 2.0,
+        "sequence_mean_of_token_sum": 6.0,
+        "sequence_mean_of_token_sum_over_constant": 6 / (2 * 10),
+        "token_sum_over_constant": 6 / 10,
+    }
+    assert set(expected) == set(REDUCTIONS)
+    for reduction, value in expected.items():
+        assert float(reduce(values, mask, reduction, 10)) == pytest.approx(value)  # type: ignore[arg-type]
 
 
 def test_an_undefined_mean_is_nan() -> None:
