@@ -14,7 +14,7 @@ from rlvr_lab.methods.base import LossInputs, Method
 
 
 class Reinforce(Method):
-    """Owns the same three hooks as GRPO: the advantage is the raw reward, nothing is clipped."""
+    """Takes over all that GRPO owns: the advantage is the raw reward, nothing is clipped."""
 
     slug = "reinforce"
     requires = ("reward",)
@@ -31,10 +31,11 @@ class Reinforce(Method):
         return clipped_surrogate(inputs.logprob, inputs.old_logprob, inputs.advantage, inputs.lower, inputs.upper)
 
 
-class EntropyBonus(Method):
+class PlainBonus(Method):
     """Subtracts `coefficient` times the token entropy."""
 
-    slug = "entropy_bonus"
+    slug = "plain_bonus"
+    needs_entropy = True
 
     def __init__(self, coefficient: float = 0.5) -> None:
         self.coefficient = coefficient

@@ -1,52 +1,117 @@
-"""One module per published method. `REGISTRY` lists them; `build` makes one from its settings."""
+"""One module per published method. `REGISTRY` lists them, `build` makes one, `compose` joins several."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import Any
 
 from ..errors import UserError, nearest
-from .base import EXCLUSIVE, HOOKS, Method, Pipeline, compose
+from .base import EXCLUSIVE, HOOKS, NEEDED, Method, Pipeline
 
-__all__ = ["REGISTRY", "Entry", "Method", "Pipeline", "build", "compose", "hooks_of", "load_class"]
+__all__ = ["REGISTRY", "Entry", "Method", "Pipeline", "build", "compose", "hooks_of", "load_class", "trainable"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method lives and where it comes from. `chapter` and `recipe` are paths without ending."""
+    """Where a work lives and where it comes from. `chapter` and `recipe` are paths without ending.
+
+    `module` is dotted below `rlvr_lab`; `cls` is None for an analysis, which measures and does not train.
+    """
 
     slug: str
     title: str
     arxiv: str
-    cls: str
+    card: str
+    stage: str
+    module: str
+    cls: str | None
     chapter: str
-    recipe: str
+    recipe: str | None
     status: str
+    """`tested`: golden values and gradients, invariance, presets, chapter with control."""
 
 
-REGISTRY: dict[str, Entry] = {
-    entry.slug: entry
-    for entry in (
-        Entry(
-            slug="grpo",
-            title="Group Relative Policy Optimization",
-            arxiv="2402.03300",
-            cls="GRPO",
-            chapter="1_foundations/rlvr_from_scratch",
-            recipe="grpo/tiny",
-            status="golden values and gradients, tiny experiment, chapter; no full-scale run yet",
-        ),
-    )
-}
+_TESTED = "tested, not run at scale"
+_FIRST = "1_foundations/rlvr_from_scratch"
+_BASELINES = "2_measuring/baselines"
+
+
+def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: str | None = None) -> Entry:
+    return Entry(slug, title, arxiv, "baselines", stage, f"methods.{slug}", cls, _BASELINES, recipe, _TESTED)
+
+
+def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
+    status = "tested, an analysis"
+    return Entry(slug, title, arxiv, slug, "analysis", module, None, f"2_measuring/{slug}", None, status)
+
+
+_ENTRIES = (
+    Entry(
+        "grpo",
+        "Group Relative Policy Optimization",
+        "2402.03300",
+        "baselines",
+        "base: advantage, clip, surrogate",
+        "methods.grpo",
+        "GRPO",
+        _FIRST,
+        "grpo/tiny",
+        _TESTED,
+    ),
+    _baseline("dr_grpo", "GRPO done right (no std, constant length)", "2503.20783", "advantage, reduction", "DrGRPO"),
+    _baseline("rloo", "REINFORCE leave-one-out", "2402.14740", "advantage", "RLOO"),
+    _baseline("reinforce_plus_plus", "REINFORCE++", "2501.03262", "advantage", "ReinforcePlusPlus"),
+    _baseline("opo", "On-policy RL with optimal reward baseline", "2505.23585", "advantage", "OPO"),
+    _baseline("gspo", "Group Sequence Policy Optimization", "2507.18071", "clip, surrogate, reduction", "GSPO"),
+    _baseline("cispo", "Clipped importance weights (MiniMax-M1)", "2506.13585", "clip, surrogate, reduction", "CISPO"),
+    _baseline("gpg", "Group Policy Gradient", "2504.02546", "surrogate, reduction", "GPG"),
+    _baseline("sapo", "Soft Adaptive Policy Optimization", "2511.20347", "surrogate, reduction", "SAPO"),
+    _baseline("gmpo", "Geometric-Mean Policy Optimization", "2507.20673", "clip, surrogate, reduction", "GMPO"),
+    _baseline("clip_higher", "Asymmetric clip range (DAPO)", "2503.14476", "clip", "ClipHigher"),
+    _baseline("dynamic_sampling", "Dynamic sampling (DAPO)", "2503.14476", "filter", "DynamicSampling", "dapo/math"),
+    _baseline("overlong", "Overlong shaping and filtering (DAPO)", "2503.14476", "reward, filter", "Overlong"),
+    _baseline("kl_reference", "KL penalty to a reference policy", "2402.03300", "regulariser", "KLReference"),
+    _baseline("entropy_bonus", "Entropy bonus", "1602.01783", "regulariser", "EntropyBonus"),
+    _baseline("adaptive_entropy", "Adaptive entropy coefficient (Skywork-OR1)", "2505.22312", "regulariser",
+              "AdaptiveEntropy"),
+    _baseline("truncated_importance_sampling", "Truncated importance sampling", "2510.13786", "weight",
+              "TruncatedImportanceSampling"),
+    Entry("clip_cov", "Clip-Cov (the entropy mechanism)", "2505.22617", "entropy_mechanism", "weight, clip, surrogate",
+          "methods.entropy_mechanism", "ClipCov", "2_measuring/entropy_law", "entropy_mechanism/clip_cov", _TESTED),
+    Entry("kl_cov", "KL-Cov (the entropy mechanism)", "2505.22617", "entropy_mechanism", "surrogate",
+          "methods.entropy_mechanism", "KLCov", "2_measuring/entropy_law", "entropy_mechanism/kl_cov", _TESTED),
+    Entry("spurious_rewards", "Spurious rewards and clipping bias", "2512.16912", "spurious_rewards", "reward",
+          "methods.spurious_rewards", "SpuriousRewards", "2_measuring/spurious_rewards", None, _TESTED),
+    _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
+    _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
+)  # fmt: skip
+REGISTRY: dict[str, Entry] = {entry.slug: entry for entry in _ENTRIES}
+
+
+def trainable() -> dict[str, Entry]:
+    """Entries that can stand in a composition."""
+    return {slug: entry for slug, entry in REGISTRY.items() if entry.cls}
+
+
+def compose(methods: Sequence[Method]) -> Pipeline:
+    """Join methods into one pipeline; see `Pipeline`. Where no base is among them and one is needed, GRPO's
+    `released` preset is put first."""
+    incomplete = any(not any(m.has(hook) for m in methods) for hook in NEEDED)
+    if incomplete and not any(m.is_base for m in methods):
+        methods = [build("grpo", {"preset": "released"}), *methods]
+    return Pipeline(methods)
 
 
 def load_class(slug: str) -> Any:
     """The class of a registered method. Raises UserError that suggests the nearest slug."""
     if slug not in REGISTRY:
-        raise UserError(f"no method '{slug}' in methods; {nearest(slug, REGISTRY)}")
-    return getattr(import_module(f"{__name__}.{slug}"), REGISTRY[slug].cls)
+        raise UserError(f"no method '{slug}' in methods; {nearest(slug, trainable())}")
+    entry = REGISTRY[slug]
+    if entry.cls is None:
+        raise UserError(f"'{slug}' measures and does not train; import rlvr_lab.{entry.module} instead")
+    return getattr(import_module(f"rlvr_lab.{entry.module}"), entry.cls)
 
 
 def hooks_of(cls: Any) -> list[str]:

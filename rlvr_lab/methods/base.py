@@ -1,19 +1,26 @@
 """How a published method enters the training loop: one object, a few hooks, composable.
 
-A method implements the hooks it uses and leaves the others out; the loop asks the composed `Pipeline` and never asks
-for a method by name. Exclusive hooks have one owner in a composition; the others are chained in the order given.
+Every composition is **a baseline plus a change**. One *base* method (GRPO) owns everything an update needs: advantage,
+clip bounds, surrogate and reduction. Any other method that implements one of these exclusive hooks takes it over; the
+rest stays the base's. Two methods that both take over one hook are refused. Chained hooks are combined in the order
+given. The loop asks the composed `Pipeline` and never asks for a method by name.
 
 | hook | sees | returns | combination |
 |---|---|---|---|
+| `select` | task pool, step | problem indices | exclusive |
+| `sample` | engine, prompts | `Rollout` | exclusive |
 | `reward` | rollout with statistics | reward components by name, [B] each | all are added |
+| `filter` | graded rollout | rollout with rows dropped or tokens unmarked | one after the other |
 | `advantage` | whole rollout | advantage [B, T] | exclusive |
-| `weight` | optimizer minibatch, advantage | token weights [B, T] | multiplied |
+| `prepare` | optimizer minibatch, advantage, generator | token statistics [B, T] by name | all are recorded |
+| `weight` | optimizer minibatch, advantage | token weights [B, T] of the surrogate | multiplied |
 | `clip` | optimizer minibatch, advantage | lower and upper bound of the ratio | exclusive |
 | `surrogate` | micro-batch (`LossInputs`) | per-token loss (`Surrogate`) | exclusive |
 | `regularise` | micro-batch (`LossInputs`) | extra per-token loss [b, T] | all are added |
 | `observe` | step metrics | nothing; changes its own state | all are told |
 
-`select` and `sample` are hooks of the data stage: `select` returns the problems of a step, `sample` the rollout.
+`prepare` exists so that choices which span the minibatch (top-k, quantiles, covariances) are made before it is split
+into micro-batches. `weight` multiplies the surrogate alone; regularisers are reduced over all tokens.
 """
 
 from __future__ import annotations
@@ -31,16 +38,21 @@ from ..core.rollout import Rollout
 from ..errors import UserError
 
 EXCLUSIVE = ("select", "sample", "advantage", "clip", "surrogate")
-CHAINED = ("reward", "weight", "regularise", "observe")
-HOOKS = (*EXCLUSIVE, *CHAINED)
+CHAINED = ("reward", "filter", "prepare", "weight", "regularise", "observe")
+HOOKS = ("select", "sample", "reward", "filter", "advantage", "prepare", "weight", "clip", "surrogate", "regularise",
+         "observe")  # fmt: skip
+NEEDED = ("advantage", "clip", "surrogate", "reduction")
+CURRENT = ("current_logprob", "current_entropy")
+"""Statistics of the policy being updated, scored over the whole minibatch for methods with `needs_current`."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
     """What a micro-batch loss may use. All [b, T]; `logprob` and `entropy` carry gradient.
 
-    `entropy` is None unless some method of the composition has a `regularise` hook. Batch-level statistics are not
-    computed here: they arrive inside `advantage`, `lower` and `upper`, which were made over the whole minibatch.
+    `entropy` is None unless some method of the composition sets `needs_entropy`. Batch-level statistics are not
+    computed here: they arrive inside `advantage`, `lower`, `upper` and `rollout.statistics`, which were made over the
+    whole minibatch.
     """
 
     rollout: Rollout
@@ -52,15 +64,38 @@ class LossInputs:
     entropy: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Term:
+    """One method's extra loss [b, T]; a `reduction` of None is the surrogate's."""
+
+    slug: str
+    reduction: Reduction | None
+    loss: Tensor
+
+
 class Method:
-    """Base of all methods. `slug` names card, module, recipe and chapter; `requires` lists needed rollout fields."""
+    """Base of all methods. `slug` names module, settings and checkpoint entry."""
 
     slug: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
+    """Rollout fields and statistics that must be there before the first update."""
+    is_base: ClassVar[bool] = False
+    """True for a method whose exclusive hooks others may take over."""
+    needs_current: ClassVar[bool] = False
+    """True where `prepare` reads `current_logprob` or `current_entropy`; costs one more forward pass."""
+    needs_entropy: ClassVar[bool] = False
+    """True where the loss reads `LossInputs.entropy`."""
     learns_without_advantage: ClassVar[bool] = False
-    """True for a surrogate that has a gradient where the advantage is 0, such as one with a KL term inside."""
-    reduction: Reduction
+    """True where a response of zero advantage has a gradient all the same, such as through a term in the surrogate."""
+    replaces_reward: ClassVar[bool] = False
+    """True where the method's reward stands in place of the task's, instead of being added to it."""
+    refill: ClassVar[int] = 0
+    """Most generation batches that may be drawn to replace the rows which `filter` dropped; 0 draws none."""
+    reduction: Reduction | None = None
+    """Reduction of the loss. Owned like an exclusive hook; None leaves it to the base."""
     reduction_constant: float | None = None
+    regularise_reduction: Reduction | None = None
+    """Reduction of the method's `regularise` term; None takes the surrogate's."""
 
     def state_dict(self) -> dict[str, Any]:
         """State that a checkpoint must hold: numbers, strings, lists and tensors only."""
@@ -71,38 +106,69 @@ class Method:
         if state:
             raise UserError(f"checkpoint holds state for method '{self.slug}', which keeps none")
 
+    def has(self, hook: str) -> bool:
+        """Whether the method implements a hook, or sets the reduction."""
+        return self.reduction is not None if hook == "reduction" else callable(getattr(self, hook, None))
+
 
 class Pipeline:
     """Several methods as one. Raises UserError where two own one exclusive hook, or where a needed owner is missing."""
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = tuple(methods)
-        self.hooks = {hook: [m for m in self.methods if callable(getattr(m, hook, None))] for hook in HOOKS}
+        self._refuse_repetition()
+        self.chains = {hook: [m for m in self.methods if m.has(hook)] for hook in CHAINED}
+        self.owners = {hook: self._find_owner(hook) for hook in (*EXCLUSIVE, "reduction")}
+        for hook in NEEDED:
+            if self.owners[hook] is None:
+                raise UserError(f"no method of this composition owns the hook '{hook}'; add a base such as 'grpo'")
+
+    def _refuse_repetition(self) -> None:
         slugs = [m.slug for m in self.methods]
         for slug in slugs:
             if slugs.count(slug) > 1:
                 raise UserError(f"method '{slug}' stands twice in this composition")
-        for hook in EXCLUSIVE:
-            if len(self.hooks[hook]) > 1:
-                owners = " and ".join(f"'{m.slug}'" for m in self.hooks[hook])
-                raise UserError(f"{owners} both own the hook '{hook}'; a composition can hold one of them")
-        for hook in ("advantage", "clip", "surrogate"):
-            if not self.hooks[hook]:
-                raise UserError(f"no method of this composition owns the hook '{hook}'; add one such as 'grpo'")
+        for what, some in (
+            ("are both bases", [m for m in self.methods if m.is_base]),
+            ("both replace the reward", [m for m in self.methods if m.replaces_reward]),
+        ):
+            if len(some) > 1:
+                raise UserError(f"'{some[0].slug}' and '{some[1].slug}' {what}; a composition can hold one of them")
+
+    def _find_owner(self, hook: str) -> Method | None:
+        able = [m for m in self.methods if m.has(hook)]
+        changes = [m for m in able if not m.is_base]
+        if hook == "reduction":
+            # a loss is written for its own reduction; elsewhere a reduction is a choice of its own
+            surrogates = [m for m in changes if m.has("surrogate")]
+            changes = surrogates or changes
+        if len(changes) > 1:
+            owners = " and ".join(f"'{m.slug}'" for m in changes)
+            raise UserError(f"{owners} both own the hook '{hook}'; a composition can hold one of them")
+        found = changes or able
+        return found[0] if found else None
+
+    def any(self, attribute: str) -> bool:
+        """Whether some method sets a class attribute such as `needs_current`."""
+        return any(getattr(m, attribute) for m in self.methods)
 
     @property
-    def uses_entropy(self) -> bool:
-        """True where a loss term needs differentiable entropies."""
-        return bool(self.hooks["regularise"])
+    def refill(self) -> int:
+        """Most generation batches of a step; 0 where one batch is all."""
+        return max(m.refill for m in self.methods)
 
     @property
     def keeps_every_row(self) -> bool:
         """True where a response of zero advantage still has a gradient, so that none may be skipped."""
-        return self.uses_entropy or any(m.learns_without_advantage for m in self.methods)
+        return bool(self.chains["regularise"]) or self.any("learns_without_advantage")
 
     def owner(self, hook: str) -> Any:
         """The only owner of an exclusive hook, or None."""
-        return self.hooks[hook][0] if self.hooks[hook] else None
+        return self.owners[hook]
+
+    def needs(self, field: str) -> bool:
+        """Whether some method requires a rollout field or statistic."""
+        return any(field in m.requires for m in self.methods)
 
     def check(self, rollout: Rollout) -> None:
         """Fail before the first update where a method needs a field that the rollout lacks."""
@@ -110,9 +176,11 @@ class Pipeline:
             for name in method.requires:
                 rollout.require(name, by=method.slug)
 
+    # -- over the whole rollout ---------------------------------------------------------------------------------
+
     def reward(self, rollout: Rollout) -> Rollout:
         """Add every method's reward components and set `reward` to their sum."""
-        components = dict(rollout.reward_components)
+        components = {} if self.any("replaces_reward") else dict(rollout.reward_components)
         for method in self._chain("reward"):
             added = method.reward(rollout)
             if clash := sorted(components.keys() & added.keys()):
@@ -121,36 +189,59 @@ class Pipeline:
         total = torch.stack(list(components.values())).sum(0)
         return rollout.with_(reward_components=components, reward=total)
 
+    def filter(self, rollout: Rollout) -> Rollout:
+        """The rollout after every method has dropped rows or unmarked tokens."""
+        for method in self._chain("filter"):
+            rollout = method.filter(rollout)
+        return rollout
+
     def advantage(self, rollout: Rollout) -> Tensor:
         """Advantage [B, T], zero outside the mask, without gradient."""
         value: Tensor = self.owner("advantage").advantage(rollout)
         return value.detach().masked_fill(~rollout.mask, 0.0)
 
-    def weight(self, rollout: Rollout, advantage_BT: Tensor) -> Tensor:
-        """Product of all token weights [B, T], zero outside the mask."""
-        weight = torch.ones_like(advantage_BT)
-        for method in self._chain("weight"):
-            weight = weight * method.weight(rollout, advantage_BT)
-        return weight.masked_fill(~rollout.mask, 0.0)
+    # -- over the optimizer minibatch ---------------------------------------------------------------------------
 
-    def clip(self, rollout: Rollout, advantage_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: Rollout, advantage_BT: Tensor, generator: torch.Generator) -> Rollout:
+        """The minibatch with every method's token statistics recorded."""
+        for method in self._chain("prepare"):
+            batch = batch.with_statistics(**method.prepare(batch, advantage_BT, generator))
+        return batch
+
+    def weights(self, batch: Rollout, advantage_BT: Tensor) -> dict[str, Tensor]:
+        """Token weights [B, T] of every method that has some, zero outside the mask."""
+        outside = ~batch.mask
+        return {m.slug: m.weight(batch, advantage_BT).masked_fill(outside, 0.0) for m in self._chain("weight")}
+
+    def clip(self, batch: Rollout, advantage_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bound of the importance ratio, each [B, T]."""
-        lower, upper = self.owner("clip").clip(rollout, advantage_BT)
+        lower, upper = self.owner("clip").clip(batch, advantage_BT)
         return torch.broadcast_to(lower, advantage_BT.shape), torch.broadcast_to(upper, advantage_BT.shape)
 
-    def surrogate(self, inputs: LossInputs) -> tuple[Tensor, Surrogate]:
-        """Per-token loss including regularisers, and the bare surrogate for its metrics."""
+    # -- over a micro-batch -------------------------------------------------------------------------------------
+
+    def surrogate(self, inputs: LossInputs) -> Surrogate:
+        """The surrogate's per-token loss, without weights and regularisers."""
         surrogate: Surrogate = self.owner("surrogate").surrogate(inputs)
-        loss = surrogate.loss
-        for method in self._chain("regularise"):
-            loss = loss + method.regularise(inputs)
-        return loss, surrogate
+        return surrogate
+
+    def regularise(self, inputs: LossInputs) -> list[Term]:
+        """Extra per-token losses [b, T], each with the reduction it asks for."""
+        return [Term(m.slug, m.regularise_reduction, m.regularise(inputs)) for m in self._chain("regularise")]
 
     @property
     def reduction(self) -> tuple[Reduction, float | None]:
-        """Reduction of the surrogate's owner, and its constant."""
-        owner = self.owner("surrogate")
+        """Reduction of the loss, and its constant."""
+        owner = self.owner("reduction")
         return owner.reduction, owner.reduction_constant
+
+    @property
+    def regularise_reductions(self) -> tuple[Reduction, ...]:
+        """Reductions that regularisers ask for beside the surrogate's."""
+        asked = {m.regularise_reduction for m in self._chain("regularise")} - {None}
+        return tuple(sorted(asked))
+
+    # -- after the step -----------------------------------------------------------------------------------------
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Tell every method how the step went."""
@@ -158,7 +249,7 @@ class Pipeline:
             method.observe(metrics)
 
     def _chain(self, hook: str) -> list[Any]:
-        return list(self.hooks[hook])
+        return list(self.chains[hook])
 
     def state_dict(self) -> dict[str, Any]:
         """State of every method by slug."""
@@ -173,7 +264,8 @@ class Pipeline:
         for method in self.methods:
             method.load_state_dict(state[method.slug])
 
-
-def compose(methods: Sequence[Method]) -> Pipeline:
-    """Join methods into one pipeline; see `Pipeline`."""
-    return Pipeline(methods)
+    def describe(self) -> str:
+        """Who owns what, for people: `advantage grpo, clip clip_higher, ...; weight steer`."""
+        owned = ", ".join(f"{hook} {m.slug}" for hook, m in self.owners.items() if m is not None)
+        chained = ", ".join(f"{hook} {'+'.join(m.slug for m in ms)}" for hook, ms in self.chains.items() if ms)
+        return f"{owned}; {chained}" if chained else owned

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,10 @@ from builders import golden_case
 
 from rlvr_lab.core.reduce import reduce
 from rlvr_lab.errors import UserError
-from rlvr_lab.methods import REGISTRY, build, hooks_of, load_class
+from rlvr_lab.methods import REGISTRY, Entry, build, hooks_of, load_class, trainable
 from rlvr_lab.methods.base import HOOKS, LossInputs, Method
 from rlvr_lab.methods.grpo import GRPO
+from rlvr_lab.train.config import packaged_recipes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ from rlvr_lab.methods.grpo import GRPO
         ("grpo", {"clip_low": 1.5}, r"methods.grpo.clip_low must lie in \[0, 1\], not 1.5"),
         ("grpo", {"clip_high": -0.1}, "methods.grpo.clip_high must not be negative"),
         ("grpo", {"dual_clip": 0.5}, "methods.grpo.dual_clip must be above 1 or null"),
-        ("grpo", {"std": "samples"}, "methods.grpo.std must be sample, population or none, not 'samples'"),
+        ("grpo", {"std": "samples"}, "methods.grpo.std must be one of sample, .*'samples'; did you mean 'sample'"),
         ("grpo", {"reduction": "token-mean"}, "methods.grpo.reduction must be one of token_mean"),
         ("grpo", {"reduction": "sequence_mean_of_token_sum_over_constant"}, "methods.grpo.reduction_constant is need"),
     ],
@@ -55,19 +55,31 @@ def test_the_default_preset_is_the_papers() -> None:
     assert method.config == GRPO.presets["paper"]
 
 
-@pytest.mark.parametrize("slug", list(REGISTRY))
+@pytest.mark.parametrize("slug", list(trainable()))
 def test_every_method_keeps_the_contract_of_its_module(slug: str) -> None:
-    module = import_module(f"rlvr_lab.methods.{slug}")
+    entry = REGISTRY[slug]
+    module = import_module(f"rlvr_lab.{entry.module}")
     cls = load_class(slug)
     assert issubclass(cls, Method)
     assert cls.slug == slug
     assert {"paper", "released"} <= set(cls.presets)
-    assert REGISTRY[slug].arxiv in (module.__doc__ or "")
+    assert entry.arxiv in (module.__doc__ or "")
     assert hooks_of(cls)
     assert {name.rstrip("*") for name in hooks_of(cls)} <= set(HOOKS)
     for preset in cls.presets:
         assert build(slug, {"preset": preset}).slug == slug
-    assert ast.parse(inspect.getsource(module)).body
+
+
+@pytest.mark.parametrize("entry", REGISTRY.values(), ids=lambda e: e.slug)
+def test_the_registry_points_at_what_exists(entry: Entry) -> None:
+    assert import_module(f"rlvr_lab.{entry.module}").__doc__
+    assert entry.recipe is None or entry.recipe in packaged_recipes()
+    assert (Path(__file__).parents[2] / "book" / f"{entry.chapter}.ipynb").is_file()
+
+
+def test_an_analysis_cannot_train() -> None:
+    with pytest.raises(UserError, match=r"'policy_cliff' measures and does not train; import rlvr_lab\.methods"):
+        build("policy_cliff", {})
 
 
 def preset_loss(preset: str) -> float:

@@ -5,36 +5,144 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import make_rollout
-from sample_methods import EntropyBonus, LengthBonus, NeedsBundles, Reinforce, TopEntropyOnly, Watcher
+from sample_methods import LengthBonus, NeedsBundles, PlainBonus, Reinforce, TopEntropyOnly, Watcher
 
-from rlvr_lab.core.rollout import PROVIDED_BY
+from rlvr_lab.core.rollout import PROVIDED_BY, Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.methods import build, compose
 from rlvr_lab.methods.base import LossInputs, Method, Pipeline
+from rlvr_lab.methods.grpo import GRPO
 
 
 def grpo() -> Method:
     return build("grpo", {"preset": "released"})
 
 
-def test_two_owners_of_one_hook_are_both_named() -> None:
-    with pytest.raises(UserError, match="'grpo' and 'reinforce' both own the hook 'advantage'"):
-        compose([grpo(), Reinforce()])
+class OtherReinforce(Reinforce):
+    """The same change under another name."""
+
+    slug = "other_reinforce"
 
 
-@pytest.mark.parametrize("hook", ["advantage", "clip", "surrogate"])
+def test_a_change_takes_over_from_the_base_whatever_the_order() -> None:
+    for methods in ([grpo(), Reinforce()], [Reinforce(), grpo()]):
+        pipeline = compose(methods)
+        assert {hook: m.slug for hook, m in pipeline.owners.items() if m} == {
+            "advantage": "reinforce", "clip": "reinforce", "surrogate": "reinforce", "reduction": "reinforce",
+        }  # fmt: skip
+    assert "advantage reinforce" in pipeline.describe()
+
+
+def test_what_a_change_leaves_alone_stays_with_the_base() -> None:
+    class OnlyAdvantage(Method):
+        """Owns nothing else."""
+
+        slug = "only_advantage"
+
+        def advantage(self, rollout: Rollout) -> torch.Tensor:
+            return torch.ones_like(rollout.behaviour_logprob)
+
+    pipeline = compose([OnlyAdvantage()])  # GRPO's released preset comes in by itself
+    assert {hook: m.slug for hook, m in pipeline.owners.items() if m} == {
+        "advantage": "only_advantage", "clip": "grpo", "surrogate": "grpo", "reduction": "grpo",
+    }  # fmt: skip
+    assert pipeline.owner("surrogate").config == GRPO.presets["released"]
+
+
+def test_two_changes_of_one_hook_are_both_named() -> None:
+    with pytest.raises(UserError, match="'reinforce' and 'other_reinforce' both own the hook 'advantage'"):
+        compose([grpo(), Reinforce(), OtherReinforce()])
+
+
+def test_two_bases_are_refused() -> None:
+    class OtherBase(Reinforce):
+        """A second base."""
+
+        slug = "other_base"
+        is_base = True
+
+    with pytest.raises(UserError, match="'grpo' and 'other_base' are both bases"):
+        compose([grpo(), OtherBase()])
+
+
+@pytest.mark.parametrize("hook", ["advantage", "clip", "surrogate", "reduction"])
 def test_a_missing_owner_names_the_hook(hook: str) -> None:
     class Partial(Reinforce):
         slug = "partial"
 
     setattr(Partial, hook, None)
     with pytest.raises(UserError, match=f"no method of this composition owns the hook '{hook}'.*'grpo'"):
-        compose([Partial()])
+        Pipeline([Partial()])
 
 
-def test_an_empty_composition_is_refused() -> None:
+def test_an_empty_composition_is_the_base() -> None:
+    assert [m.slug for m in compose([]).methods] == ["grpo"]
     with pytest.raises(UserError, match="owns the hook 'advantage'"):
-        compose([])
+        Pipeline([])
+
+
+def test_a_reward_may_replace_the_tasks_but_only_one_may() -> None:
+    class Random(LengthBonus):
+        """Pays by length and for nothing else."""
+
+        slug = "random"
+        replaces_reward = True
+
+    class Other(Random):
+        """A second one."""
+
+        slug = "other"
+
+    rollout = make_rollout([1, 3]).with_(reward=None, reward_components={"correct": torch.tensor([1.0, 0.0])})
+    done = compose([Random(0.5)]).reward(rollout)
+    assert set(done.reward_components) == {"length"}
+    torch.testing.assert_close(done.reward, torch.tensor([0.5, 1.5]))
+    with pytest.raises(UserError, match="'random' and 'other' both replace the reward"):
+        compose([Random(), Other()])
+
+
+def test_filters_run_one_after_the_other() -> None:
+    class DropShort(Method):
+        """Keeps responses of more than one token."""
+
+        slug = "drop_short"
+
+        def filter(self, rollout: Rollout) -> Rollout:
+            return rollout.rows((rollout.lengths > 1).nonzero().squeeze(1))
+
+    class UnmarkFirst(Method):
+        """The first token is not learned from."""
+
+        slug = "unmark_first"
+
+        def filter(self, rollout: Rollout) -> Rollout:
+            action = rollout.action_mask.clone()
+            action[:, 0] = False
+            return rollout.with_(action_mask=action)
+
+    kept = compose([DropShort(), UnmarkFirst()]).filter(make_rollout([1, 3, 2]))
+    assert kept.mask.sum(1).tolist() == [2, 1]
+
+
+def test_what_prepare_finds_is_recorded_for_the_other_hooks() -> None:
+    class Marks(Method):
+        """Marks tokens at random, then weighs the marked ones with zero."""
+
+        slug = "marks"
+
+        def prepare(self, batch, advantage_BT, generator):  # type: ignore[no-untyped-def]
+            return {"marks.chosen": torch.rand(advantage_BT.shape, generator=generator).round()}
+
+        def weight(self, batch, advantage_BT):  # type: ignore[no-untyped-def]
+            return 1 - batch.require("marks.chosen", by=self.slug)
+
+    rollout = make_rollout([3, 4])
+    pipeline = compose([Marks()])
+    batch = pipeline.prepare(rollout, torch.ones(2, 4), torch.Generator().manual_seed(0))
+    again = pipeline.prepare(rollout, torch.ones(2, 4), torch.Generator().manual_seed(0))
+    assert torch.equal(batch.statistics["marks.chosen"], again.statistics["marks.chosen"])
+    weight = pipeline.weights(batch, torch.ones(2, 4))["marks"]
+    assert set(weight[rollout.mask].tolist()) == {0.0, 1.0}
 
 
 def test_rewards_add_up() -> None:
@@ -45,42 +153,47 @@ def test_rewards_add_up() -> None:
     assert rollout.reward is None
 
 
-def test_weights_multiply() -> None:
+def test_every_method_has_its_weight_by_name() -> None:
     class Half(Method):
+        """Every token at half weight."""
+
         slug = "half"
 
         def weight(self, rollout: object, advantage_BT: torch.Tensor) -> torch.Tensor:
             return torch.full_like(advantage_BT, 0.5)
 
     rollout = make_rollout([2, 4])
-    advantage = torch.ones(2, 4)
-    alone = compose([grpo(), TopEntropyOnly()]).weight(rollout, advantage)
-    both = compose([grpo(), TopEntropyOnly(), Half()]).weight(rollout, advantage)
-    assert set(alone[rollout.mask].tolist()) == {0.0, 1.0}
-    assert torch.equal(both, alone / 2)
-    assert torch.equal(compose([grpo()]).weight(rollout, advantage), rollout.mask.float())
+    weights = compose([TopEntropyOnly(), Half()]).weights(rollout, torch.ones(2, 4))
+    assert list(weights) == ["top_entropy_only", "half"]
+    assert set(weights["top_entropy_only"][rollout.mask].tolist()) == {0.0, 1.0}
+    assert torch.equal(weights["half"], rollout.mask / 2)
+    assert compose([grpo()]).weights(rollout, torch.ones(2, 4)) == {}
 
 
-def test_regularisers_are_added_to_the_surrogate_and_leave_its_metrics_alone() -> None:
+def test_regularisers_stand_apart_from_the_surrogate() -> None:
     rollout = make_rollout([2, 3])
     logprob, entropy = torch.full((2, 3), -1.0), torch.full((2, 3), 0.8)
     inputs = LossInputs(rollout, logprob, logprob, torch.ones(2, 3), torch.tensor(0.8), torch.tensor(1.2), entropy)
-    plain, _ = compose([grpo()]).surrogate(inputs)
 
-    class SecondBonus(EntropyBonus):
-        """The same term under another name."""
+    class SecondBonus(PlainBonus):
+        """The same term under another name and another reduction."""
 
         slug = "second_bonus"
+        regularise_reduction = "sequence_mean_of_token_sum"
 
-    loss, surrogate = compose([grpo(), EntropyBonus(0.5), SecondBonus(0.25)]).surrogate(inputs)
-    torch.testing.assert_close(loss, plain - 0.75 * entropy)
-    assert torch.equal(surrogate.loss, plain)
+    pipeline = compose([grpo(), PlainBonus(0.5), SecondBonus(0.25)])
+    assert torch.equal(pipeline.surrogate(inputs).loss, compose([grpo()]).surrogate(inputs).loss)
+    first, second = pipeline.regularise(inputs)
+    torch.testing.assert_close(first.loss, -0.5 * entropy)
+    torch.testing.assert_close(second.loss, -0.25 * entropy)
+    assert (first.reduction, second.reduction) == (None, "sequence_mean_of_token_sum")
+    assert pipeline.regularise_reductions == ("sequence_mean_of_token_sum",)
 
 
 def test_one_method_cannot_stand_twice() -> None:
     # both would share one entry of a checkpoint
-    with pytest.raises(UserError, match="'entropy_bonus' stands twice"):
-        compose([grpo(), EntropyBonus(0.5), EntropyBonus(0.25)])
+    with pytest.raises(UserError, match="'plain_bonus' stands twice"):
+        compose([grpo(), PlainBonus(0.5), PlainBonus(0.25)])
 
 
 def test_the_advantage_is_detached_and_zero_outside_the_mask() -> None:

