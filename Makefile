@@ -15,6 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+ENGINES ?= verl trl vllm
 STEPS := lint types html unit chapters
 
 # One torch thread per test worker; no test may reach a model hub.
@@ -22,7 +23,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 PYTEST = $(TEST_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile -rfE
 WITHOUT_BROWSER = $(if $(shell command -v chromium),,-m 'not browser')
 
-.PHONY: help env book test quick serve clean $(STEPS)
+.PHONY: help env book test test-engines quick serve clean $(STEPS)
 
 help: ## List the targets (the default)
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +75,10 @@ test: env ## Everything CI checks: lint, types, html, unit, chapters
 	done; \
 	printf '\n=== make test\n%s' "$$summary"; \
 	if [ -n "$$failed" ]; then echo "  failed:$$failed"; exit 1; fi
+
+# Each engine has an environment of its own, because their pins exclude each other.
+test-engines: env ## Compare with verl, TRL and vLLM themselves; about 15 minutes the first time
+	$(PY) -m nox -s $(ENGINES)
 
 lint: env ## ruff: rules, then formatting
 	@status=0; \

@@ -1,4 +1,4 @@
-"""`rlvr-lab`: train, evaluate, pretrain, methods. Heavy imports wait until a command runs: `--help` is quick."""
+"""`rlvr-lab`: train, evaluate, pretrain, methods, doctor. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -257,41 +257,114 @@ def pretrain(
 
 @app.command()
 def methods(
+    slug: Annotated[str | None, typer.Argument(help="Show one method with its settings.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the methods with stage, citation, presets, chapter, recipe and status.
+    """List the methods with stage, citation, hooks, presets, chapter, recipe and status; or one with its settings.
 
     Examples:
 
         rlvr-lab methods
 
+        rlvr-lab methods kl_cov
+
         rlvr-lab methods --json
 
-    Hooks marked * are exclusive: a composition can hold one owner of each.
+    Hooks marked * are exclusive: a composition can hold one owner of each beside its base. Compose methods on the
+    command line: rlvr-lab train grpo/tiny "methods={grpo: {preset: tiny}, kl_cov: {preset: tiny}}" --out runs/kl
     """
     import json
 
-    from .methods import REGISTRY, hooks_of, load_class
+    from .methods import REGISTRY
 
-    rows = []
-    for entry in REGISTRY.values():
-        cls = load_class(entry.slug)
-        rows.append(
-            {
-                "slug": entry.slug,
-                "title": entry.title,
-                "arXiv": entry.arxiv,
-                "hooks": ", ".join(hooks_of(cls)),
-                "presets": ", ".join(cls.presets),
-                "chapter": entry.chapter,
-                "recipe": entry.recipe,
-                "status": entry.status,
-            }
-        )
+    with _user_errors():
+        if slug is not None:
+            row = _method_row(slug)
+            settings = _method_settings(slug)
+            typer.echo(json.dumps(row | {"settings": settings}, indent=1)) if as_json else _show_method(row, settings)
+            return
+        rows = [_method_row(name) for name in REGISTRY]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
         _table("methods", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _method_row(slug: str) -> dict[str, str]:
+    from .errors import nearest
+    from .methods import REGISTRY, hooks_of, load_class
+
+    if slug not in REGISTRY:
+        raise UserError(f"no method '{slug}'; {nearest(slug, REGISTRY)}")
+    entry = REGISTRY[slug]
+    cls = load_class(slug) if entry.cls else None
+    return {
+        "slug": entry.slug,
+        "title": entry.title,
+        "arXiv": entry.arxiv,
+        "stage": entry.stage,
+        "hooks": ", ".join(hooks_of(cls)) if cls else "",
+        "presets": ", ".join(cls.presets) if cls else "",
+        "chapter": entry.chapter,
+        "recipe": entry.recipe or "",
+        "status": entry.status,
+    }
+
+
+def _method_settings(slug: str) -> dict[str, dict[str, Any]]:
+    """Every setting with its value in each preset."""
+    from dataclasses import asdict
+
+    from .methods import REGISTRY, load_class
+
+    if not REGISTRY[slug].cls:
+        return {}
+    presets = {name: asdict(config) for name, config in load_class(slug).presets.items()}
+    names = next(iter(presets.values()), {})
+    return {name: {preset: values[name] for preset, values in presets.items()} for name in names}
+
+
+def _show_method(row: dict[str, str], settings: dict[str, dict[str, Any]]) -> None:
+    for name, value in row.items():
+        if value:
+            typer.echo(f"{name:8s} {value}")
+    if settings:
+        presets = list(next(iter(settings.values())))
+        prefix = f"methods.{row['slug']}."
+        rows = [[prefix + name, *(str(values[p]) for p in presets)] for name, values in settings.items()]
+        _table("settings by preset", ["setting", *presets], rows)
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="Run folder, as given to `rlvr-lab train --out`.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write a page with a plot per finding here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Read a run's log and name what is likely wrong: evidence, cause, and the setting to change.
+
+    Examples:
+
+        rlvr-lab doctor runs/first
+
+        rlvr-lab doctor runs/first --html doctor.html
+
+        rlvr-lab doctor runs/first --json
+
+    Works on runs that are still going, were interrupted, or lost part of their log. Findings are notes, warnings or
+    critical, in order of likelihood; a healthy run has nothing above a note.
+    """
+    import json
+
+    with _user_errors():
+        from .train.doctor import diagnose, page, read_history, render
+
+        report = diagnose(run)
+        if html is not None:
+            html.write_text(page(report, read_history(run)[0]), encoding="utf-8")
+        typer.echo(json.dumps(report.as_dict(), indent=1) if as_json else render(report))
+        if html is not None:
+            typer.echo(f"page: {html}", err=as_json)
 
 
 # -- shared -------------------------------------------------------------------------------------------------------
@@ -388,7 +461,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -48,7 +48,7 @@ def test_help_is_served_without_anything_heavy_either() -> None:
 def test_help_names_every_command() -> None:
     result = lab("--help")
     assert result.exit_code == 0
-    assert COMMANDS == ["evaluate", "methods", "pretrain", "train"]
+    assert COMMANDS == ["doctor", "evaluate", "methods", "pretrain", "train"]
     for name in COMMANDS:
         assert name in result.output
 
@@ -210,13 +210,24 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_methods_as_table_and_as_json() -> None:
+def test_methods_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(lab("methods", "--json").output)
     assert [row["slug"] for row in rows] == list(REGISTRY)
     assert rows[0]["hooks"] == "advantage*, clip*, surrogate*"
-    assert rows[0]["presets"] == "paper, released, tiny"
+    assert {"paper", "released", "tiny"} <= set(rows[0]["presets"].split(", "))
+    monkeypatch.setenv("COLUMNS", "300")
     table = lab("methods").output
     assert all(slug in table for slug in REGISTRY)
+
+
+def test_one_method_with_its_settings() -> None:
+    shown = json.loads(lab("methods", "kl_cov", "--json").output)
+    assert shown["settings"]["beta"] == {"paper": 1.0, "released": 1.0, "verl": 0.1, "tiny": 1.0}
+    assert "methods.kl_cov.ratio" in lab("methods", "kl_cov").output
+    assert "policy_cliff" in lab("methods", "policy_cliff").output  # an analysis has no settings
+    failed = lab("methods", "klcov")
+    assert failed.exit_code != 0
+    assert "did you mean 'kl_cov'" in failed.output
 
 
 def test_settings_are_listed_with_defaults_and_recipes() -> None:

@@ -34,10 +34,11 @@ class DiskError(UserError):
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a resumed run needs besides weights and optimizer: the next step and every method's own state."""
+    """What a resumed run needs besides weights and optimizer: the next step, and the state of every part by name
+    (method slugs, and the entropy ledger)."""
 
     step: int
-    methods: Mapping[str, Any]
+    parts: Mapping[str, Any]
 
 
 def save(root: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int) -> Path:
@@ -87,11 +88,11 @@ def _write(where: Path, policy: Policy, optimizer: torch.optim.Optimizer, state:
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value.contiguous() for name, value in values.items()}
     plain: dict[str, Any] = {}
-    for slug, own in state.methods.items():
-        plain[slug] = {k: v for k, v in own.items() if not isinstance(v, Tensor)}
-        tensors |= {f"method.{slug}.{k}": v.contiguous() for k, v in own.items() if isinstance(v, Tensor)}
+    for name, own in state.parts.items():
+        plain[name] = {k: v for k, v in own.items() if not isinstance(v, Tensor)}
+        tensors |= {f"part.{name}.{k}": v.contiguous() for k, v in own.items() if isinstance(v, Tensor)}
     save_file(tensors, where / "trainer.safetensors")
-    (where / "trainer.json").write_text(json.dumps({"step": state.step, "methods": plain}, indent=1))
+    (where / "trainer.json").write_text(json.dumps({"step": state.step, "parts": plain}, indent=1))
 
 
 def _seal(where: Path) -> None:
@@ -153,14 +154,14 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 def restore(where: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Load optimizer state into `optimizer` and return the trainer's. Weights are loaded with `load_policy(where)`."""
     plain = json.loads((where / "trainer.json").read_text())
-    methods: dict[str, dict[str, Any]] = {slug: dict(own) for slug, own in plain["methods"].items()}
+    parts: dict[str, dict[str, Any]] = {name: dict(own) for name, own in plain["parts"].items()}
     per_parameter: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(where / "trainer.safetensors").items():
         kind, owner, key = name.split(".", 2)
         if kind == "optimizer":
             per_parameter.setdefault(int(owner), {})[key] = tensor
         else:
-            methods.setdefault(owner, {})[key] = tensor
+            parts.setdefault(owner, {})[key] = tensor
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
-    return TrainerState(int(plain["step"]), methods)
+    return TrainerState(int(plain["step"]), parts)

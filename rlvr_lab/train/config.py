@@ -129,6 +129,15 @@ class LoggingSection(Section):
     """Transcripts written to samples.jsonl per evaluation or every 20 steps."""
 
 
+class LedgerSection(Section):
+    """The entropy ledger: predicted and measured entropy change of every step, in metrics.jsonl as `ledger_*`."""
+
+    rows: Annotated[int, Field(ge=0)] = 8
+    """Responses measured again after every update, and as many held-out ones; 0 keeps no ledger."""
+    window: Positive = 50
+    """Steps to which the scale from predicted to measured change is fitted."""
+
+
 class TrainConfig(Section):
     """All settings of a run. `methods` maps method slugs to `{preset: NAME, setting: value}`."""
 
@@ -143,6 +152,7 @@ class TrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    ledger: LedgerSection = LedgerSection()
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""The training loop: prompts, rollout, score, reward, advantage, update, observe; then again.
+"""The training loop: prompts, rollout, score, reward, filter, advantage, update, observe; again.
 
 Methods enter through the hooks of their composition (`methods.base`); the loop knows none of them by name. A run owns
 a folder:
@@ -27,25 +27,29 @@ import yaml
 
 from .. import __version__
 from ..core.rollout import Rollout
+from ..core.rows import concatenate
 from ..errors import UserError
 from ..evaluate.evaluation import Evaluation, evaluate
 from ..methods import build, compose
-from ..policy.forward import score
+from ..policy.forward import score, scored
 from ..policy.load import Policy, load_policy
 from ..rollout.engine import Sampling, TransformersEngine
 from ..rollout.grading import grade, response_texts
 from . import checkpoint, logs
+from .bookkeeper import Bookkeeper
 from .clock import Clock
 from .config import TrainConfig, parse_config
 from .console import Console, Silent
 from .data import Problems, load_problems
-from .metrics import logprob_mismatch, rollout_metrics
+from .metrics import rollout_metrics, sampler_metrics
 from .seeds import derive_seed, torch_generator
 from .update import TrainingStopped, Updater, schedule
 
 SAMPLES_EVERY = 20
+LEDGER = "entropy ledger"  # its entry beside the methods' in a checkpoint
+FAR = 1_000_003  # steps between the problems of a step and those of its further generation batches
 # a resumed run may only differ in what does not change the steps already made
-CHANGEABLE = ("steps", "evaluation", "checkpoint", "logging")
+CHANGEABLE = ("steps", "evaluation", "checkpoint", "logging", "ledger")
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,14 @@ class Trainer:
         self.policy = self._load(start)
         self.problems: Problems = load_problems(config, self.policy, self.console.say)
         self.pipeline = compose([build(slug, settings) for slug, settings in config.methods.items()])
+        self.reference = self._load_reference()
         self.optimizer = _make_optimizer(self.policy, config)
-        self.first_step = self._restore(start)
-        self.clock = Clock(self.policy.device)
         self.engine = TransformersEngine(self.policy)
+        self.bookkeeper = self._make_bookkeeper()
+        self.first_step = self._restore(start)
+        self.console.say(f"methods: {self.pipeline.describe()}")
+        self.clock = Clock(self.policy.device)
+        self._generated = {"generated_tokens": 0.0, "generation_batches": 0.0}
         self.updater = Updater(
             self.policy.model,
             self.optimizer,
@@ -135,11 +143,36 @@ class Trainer:
         where = str(start) if start else section.path
         return load_policy(where, device=section.device, dtype=section.dtype)
 
+    def _load_reference(self) -> Any:
+        """A frozen copy of the policy the run started from, for methods that need its log-probs; else None."""
+        if not self.pipeline.needs("ref_logprob"):
+            return None
+        section = self.config.model
+        return load_policy(section.path, device=section.device, dtype=section.dtype).model.requires_grad_(False)
+
+    def _make_bookkeeper(self) -> Bookkeeper | None:
+        """The ledger, with held-out responses of the starting policy; a checkpoint brings its own."""
+        rows = self.config.ledger.rows
+        if not rows:
+            return None
+        settings = self.config.rollout
+        prompts = [self.problems.task.prompt_ids(p, self.policy.tokenizer) for p in self.problems.evaluation[:rows]]
+        if not prompts:
+            return Bookkeeper(self.policy.model, None, rows, self.config.ledger.window)
+        generator = torch_generator(self.config.seed, "ledger probe", 0, self.policy.device)
+        sampling = Sampling(settings.temperature, settings.max_tokens, settings.rows)
+        probe = self.engine.sample(prompts, 1, sampling, generator)
+        return Bookkeeper(self.policy.model, probe, rows, self.config.ledger.window)
+
     def _restore(self, start: Path | None) -> int:
         if start is None:
             return 0
         state = checkpoint.restore(start, self.optimizer)
-        self.pipeline.load_state_dict(state.methods)
+        parts = dict(state.parts)
+        ledger = parts.pop(LEDGER, None)
+        if self.bookkeeper is not None and ledger is not None:
+            self.bookkeeper.load_state_dict(ledger)
+        self.pipeline.load_state_dict(parts)
         self.console.say(f"resuming after step {state.step}")
         return state.step
 
@@ -186,8 +219,10 @@ class Trainer:
         rollout = self.collect(step)
         generator = torch_generator(seed, "minibatches", step, torch.device("cpu"))
         metrics = rollout_metrics(rollout)
-        metrics |= {"mismatch": logprob_mismatch(rollout)}
+        metrics |= sampler_metrics(rollout, step, self.policy.model.config.vocab_size) | self._generated
+        self._begin_ledger(rollout, step)
         metrics |= self.updater.run(rollout, generator, self.clock, step)
+        metrics |= self._end_ledger(step, factor)
         metrics |= {"lr": config.optimizer.lr * factor}
         self.pipeline.observe(metrics)
         if config.logging.samples and step % SAMPLES_EVERY == 0:
@@ -196,38 +231,91 @@ class Trainer:
         self.log.metrics(step, metrics)
         return metrics
 
+    def _begin_ledger(self, rollout: Rollout, step: int) -> None:
+        if self.bookkeeper is not None:
+            with self.clock.part("ledger"):
+                generator = torch_generator(self.config.seed, "ledger rows", step, torch.device("cpu"))
+                self.bookkeeper.begin(rollout, generator)
+            self.updater.booking = self.bookkeeper.booking
+
+    def _end_ledger(self, step: int, factor: float) -> dict[str, float]:
+        if self.bookkeeper is None:
+            return {}
+        with self.clock.part("ledger"):
+            return self.bookkeeper.end(step, factor)
+
     def collect(self, step: int) -> Rollout:
-        """Prompts, rollout, score, reward: a graded rollout that is ready for advantages."""
+        """Prompts, rollout, score, reward, filter: a graded rollout that is ready for advantages."""
+        rollout = self._graded(step, 0)
+        if step == self.first_step:
+            self.pipeline.check(rollout)
+        rollout = self.pipeline.filter(rollout)
+        if self.pipeline.refill:
+            rollout = self._refill(step, rollout)
+        if not bool(rollout.mask.any()):
+            raise TrainingStopped(f"step {step}: the filters of this composition left no token to learn from")
+        return rollout
+
+    def _refill(self, step: int, rollout: Rollout) -> Rollout:
+        """Sample further batches until enough groups passed the filters; surplus groups are dropped."""
+        wanted, most = self.config.rollout.prompts, self.pipeline.refill
+        parts, have = [rollout], len(torch.unique(rollout.group_id))
+        for attempt in range(1, most):
+            if have >= wanted:
+                break
+            more = self.pipeline.filter(self._graded(step, attempt))
+            if len(more):
+                parts.append(more)
+                have += len(torch.unique(more.group_id))
+        if have < wanted:
+            raise TrainingStopped(
+                f"step {step}: only {have} of {wanted} groups passed the filters in {most} generation batches. Most "
+                "problems are always or never solved: choose others (data), enlarge rollout.group_size, or lower "
+                "rollout.prompts"
+            )
+        joined = concatenate([part for part in parts if len(part)])
+        kept = torch.unique(joined.group_id)[:wanted]
+        return joined.rows(torch.isin(joined.group_id, kept).nonzero().squeeze(1))
+
+    def _graded(self, step: int, attempt: int) -> Rollout:
+        """One generation batch, scored and rewarded."""
         config = self.config
         try:
             with self.clock.part("rollout"):
-                rollout = self._sample(step)
+                rollout = self._sample(step, attempt)
         except FloatingPointError as error:
             raise TrainingStopped(f"step {step}: {error}. Lower optimizer.lr and resume or restart.") from error
         if config.update.recompute_old_logprob:
             with self.clock.part("score"):
                 rollout = score(self.policy.model, rollout, config.update.micro_batch_rows)
+        if self.reference is not None:
+            with self.clock.part("reference"):
+                logprob, _ = scored(self.reference, rollout, config.update.micro_batch_rows)
+                rollout = rollout.with_statistics(ref_logprob=logprob)
         with self.clock.part("reward"):
             rollout = grade(rollout, self.problems.task, self.problems.train, self.policy)
-            rollout = self.pipeline.reward(rollout)
-        if step == self.first_step:
-            self.pipeline.check(rollout)
-        return rollout
+            return self.pipeline.reward(rollout)
 
-    def _sample(self, step: int) -> Rollout:
+    def _sample(self, step: int, attempt: int) -> Rollout:
         settings = self.config.rollout
         chooser, sampler = self.pipeline.owner("select"), self.pipeline.owner("sample")
+        # a further batch of a step has its own problems and numbers, whatever came before it
+        turn = step + attempt * FAR
         if chooser:
-            rows = chooser.select(self.problems, step)
+            rows = chooser.select(self.problems, turn)
         else:
-            rows = self.problems.step_indices(self.config.seed, step, settings.prompts)
+            rows = self.problems.step_indices(self.config.seed, turn, settings.prompts)
         prompts = [self.problems.prompts[i] for i in rows]
-        generator = torch_generator(self.config.seed, "rollout", step, self.policy.device)
+        purpose = f"rollout {attempt}" if attempt else "rollout"
+        generator = torch_generator(self.config.seed, purpose, step, self.policy.device)
         sampling = Sampling(settings.temperature, settings.max_tokens, settings.rows)
         sample = sampler.sample if sampler else TransformersEngine.sample
         rollout: Rollout = sample(
             self.engine, prompts, settings.group_size, sampling, generator, problem_ids=rows, version=step
         )
+        before = self._generated["generated_tokens"] if attempt else 0.0
+        tokens = before + float(rollout.mask.sum())
+        self._generated = {"generated_tokens": tokens, "generation_batches": attempt + 1.0}
         return rollout
 
     def _times(self, total: float, tokens: float) -> dict[str, float]:
@@ -276,7 +364,10 @@ class Trainer:
 
     def checkpoint(self, step: int) -> Path:
         """Write the state after `step` updates."""
-        state = checkpoint.TrainerState(step, self.pipeline.state_dict())
+        parts = self.pipeline.state_dict()
+        if self.bookkeeper is not None:
+            parts[LEDGER] = self.bookkeeper.state_dict()
+        state = checkpoint.TrainerState(step, parts)
         keep = self.config.checkpoint.keep
         return checkpoint.save(self.out / "checkpoints", self.policy, self.optimizer, state, keep)
 

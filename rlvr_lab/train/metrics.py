@@ -43,11 +43,25 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def logprob_mismatch(rollout: Rollout) -> float:
-    """Largest difference between sampling-time and recomputed log-probs, in nats; nan where nothing is compared."""
-    if rollout.old_logprob is None or not bool(rollout.mask.any()):
-        return math.nan
-    return float((rollout.old_logprob - rollout.behaviour_logprob)[rollout.mask].abs().max())
+def sampler_metrics(rollout: Rollout, step: int, vocabulary: int) -> dict[str, float]:
+    """How the sampler and the policy being trained relate.
+
+    `mismatch` is the largest and `mismatch_mean` the mean signed difference of sampling-time minus recomputed
+    log-probs, in nats; a positive mean says that the sampler reports a truncated, renormalised distribution. Both are
+    nan where old log-probs are the recorded ones, because then nothing is compared. `staleness` is the mean number of
+    steps since the policy that sampled.
+    """
+    mismatch = mean = math.nan
+    if rollout.old_logprob is not None:
+        difference = (rollout.behaviour_logprob - rollout.old_logprob)[rollout.mask]
+        if bool(difference.ne(0).any()):
+            mismatch, mean = float(difference.abs().max()), float(difference.mean())
+    return {
+        "mismatch": mismatch,
+        "mismatch_mean": mean,
+        "staleness": float((step - rollout.policy_version).float().mean()),
+        "vocabulary": float(vocabulary),
+    }
 
 
 def _rows_by_group(rollout: Rollout) -> list[list[int]]:

@@ -62,9 +62,9 @@ def test_everything_comes_back(write: Save, trained: tuple[Policy, torch.optim.O
     fresh = torch.optim.AdamW(loaded.model.parameters(), lr=1e-3)
     back = restore(where, fresh)
     assert back.step == 7
-    assert back.methods["watcher"]["seen"] == 3
-    assert back.methods["watcher"]["names"] == ["a"]
-    assert torch.equal(back.methods["watcher"]["mean"], torch.tensor([1.5, 2.5]))
+    assert back.parts["watcher"]["seen"] == 3
+    assert back.parts["watcher"]["names"] == ["a"]
+    assert torch.equal(back.parts["watcher"]["mean"], torch.tensor([1.5, 2.5]))
     ours, theirs = fresh.state_dict()["state"], optimizer.state_dict()["state"]
     assert ours.keys() == theirs.keys()
     for index, values in theirs.items():
@@ -86,7 +86,7 @@ def test_only_the_newest_are_kept(write: Save, root: Path) -> None:
 def test_the_same_step_may_be_written_again(write: Save, root: Path) -> None:
     write(1)
     write(1, methods={"grpo": {"x": 1}})
-    assert json.loads((root / "step_000001" / "trainer.json").read_text())["methods"] == {"grpo": {"x": 1}}
+    assert json.loads((root / "step_000001" / "trainer.json").read_text())["parts"] == {"grpo": {"x": 1}}
     assert verify(root / "step_000001") is None
 
 

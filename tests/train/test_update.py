@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import sampled_rollout
-from sample_methods import EntropyBonus, TopEntropyOnly
+from sample_methods import PlainBonus, TopEntropyOnly
 from torch import Tensor
 
 from rlvr_lab.core.reduce import reduce
@@ -60,7 +60,7 @@ def loss_and_gradients(
 
 METHODS = pytest.mark.parametrize(
     "methods",
-    [(), (EntropyBonus(0.1),), (TopEntropyOnly(),), (TopEntropyOnly(), EntropyBonus(0.1))],
+    [(), (PlainBonus(0.1),), (TopEntropyOnly(),), (TopEntropyOnly(), PlainBonus(0.1))],
     ids=["grpo", "regularise", "weight", "both"],
 )
 
@@ -109,7 +109,7 @@ def test_padding_changes_nothing(moved: Any, rollout: Rollout, methods: tuple[Me
 
 def test_a_regulariser_acts_with_the_reduction_and_its_gradient(moved: Any, rollout: Rollout) -> None:
     plain = loss_and_gradients(moved, rollout, skip_dead_rows=False)
-    with_bonus = loss_and_gradients(moved, rollout, (EntropyBonus(0.5),))
+    with_bonus = loss_and_gradients(moved, rollout, (PlainBonus(0.5),))
     moved.zero_grad(set_to_none=True)
     _, entropy = response_statistics(moved, rollout)
     assert entropy is not None
