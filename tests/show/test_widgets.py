@@ -112,6 +112,52 @@ def test_crossing(tmp_path: Path) -> None:
     assert got == [expected, None]  # equal policies never cross
 
 
+@needs_node
+def test_clip_force_is_the_sign_of_the_clipping_bias(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.methods.spurious_rewards import clipping_bias, largest_ratio
+
+    cases = [(p, d, e) for p in (0.05, 0.6, 0.84) for d in (-1.5, -0.1, 0.0, 0.25, 1.5) for e in (0.1, 0.2)]
+    calls = [f"[w.moved({p}, {d}), w.push(w.moved({p}, {d}) / {p}, {e}), w.edges({p}, {e})]" for p, d, e in cases]
+    signs = set()
+    for (p, d, e), (now, push, edges) in zip(cases, node("clip_force", calls, tmp_path), strict=True):
+        assert now == pytest.approx(softmax(np.array([math.log(p) + d, math.log(1 - p)]))[0])
+        assert push == clipping_bias(torch.tensor(now / p, dtype=torch.float64), 1.0, 1 - e, 1 + e)
+        assert (edges[1] >= 1) == bool(largest_ratio(torch.tensor(p, dtype=torch.float64).log()) <= 1 + e)
+        assert edges[0] == pytest.approx(p * (1 - e))
+        signs.add(push)
+    assert signs == {-1, 0, 1}
+
+
+@needs_node
+def test_surrogate_forces_are_the_gradients_of_the_library(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.core import losses
+
+    tokens = 5
+    cases = [(r, q, a) for r in (0.1, 0.9, 1.0, 1.001, 1.25, 4.0, 7.0) for q in (0.9995, 1.0, 1.004) for a in (1, -1)]
+    silent = 0
+    calls = [f"w.forces({r}, {q}, {a}, {tokens})" for r, q, a in cases]
+    for (r, q, a), got in zip(cases, node("surrogate_force", calls, tmp_path), strict=True):
+        log_ratio = torch.tensor([[r] + [q] * (tokens - 1)], dtype=torch.float64).log().requires_grad_()
+        old, advantage = torch.zeros_like(log_ratio), torch.full_like(log_ratio, a)
+        mask = torch.ones_like(log_ratio, dtype=torch.bool)
+        surrogates = [
+            losses.clipped_surrogate(log_ratio, old, advantage, 0.8, 1.2),
+            losses.clipped_surrogate(log_ratio, old, advantage, 0.8, 1.28),
+            losses.clipped_surrogate(log_ratio, old, advantage, 0.8, 1.2, dual_clip=3.0),
+            losses.cispo_surrogate(log_ratio, old, advantage, 0.0, 6.0),
+            losses.policy_gradient(log_ratio, advantage),
+            losses.sapo_surrogate(log_ratio, old, advantage),
+            losses.gmpo_surrogate(log_ratio, old, advantage, mask, 0.4, 0.4),
+            losses.gspo_surrogate(log_ratio, old, advantage, mask, 1 - 3e-4, 1 + 4e-4),
+        ]
+        expected = [-float(torch.autograd.grad(s.loss.sum(), log_ratio)[0][0, 0]) for s in surrogates]
+        assert got == pytest.approx(expected)
+        silent += expected.count(0.0)
+    assert silent > 10
+
+
 def test_text_form_is_stable() -> None:
     first, second = (widgets.PassAtK(samples=8, base=[1, 2], trained=[8, 0]) for _ in range(2))
     assert repr(first) == repr(second) == "PassAtK(samples=8, base=[1, 2], trained=[8, 0], k=1)"

@@ -21,6 +21,7 @@ from builders import TINY_RUN
 from sample_methods import NeedsBundles, Watcher, WordBonus
 from torch import Tensor
 
+from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.methods import compose
 from rlvr_lab.methods.base import LossInputs, Method
@@ -383,3 +384,61 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(uninterrupted: Path, tmp_p
     assert refused == []
     finish("--resume", "--out", str(out))
     assert digests(out / "model") == digests(uninterrupted / "model")
+
+
+class Keep(Method):
+    """Keeps a group only if its first response begins with a token whose id leaves `rest` when divided by 3."""
+
+    slug = "keep"
+    refill = 6
+
+    def __init__(self, rest: int | None) -> None:
+        self.rest = rest
+
+    def filter(self, rollout: Rollout) -> Rollout:
+        first = torch.stack([rollout.response_ids[rollout.group_id == g][0, 0] for g in rollout.group_id])
+        return rollout.rows((first % 3 == -1 if self.rest is None else first % 3 == self.rest).nonzero().squeeze(1))
+
+
+def test_dropped_groups_are_replaced_until_the_batch_is_full(tmp_path: Path, add: Add) -> None:
+    add(lambda: Keep(1))
+    row = run(tmp_path / "a", "steps=2").history
+    again = run(tmp_path / "b", "steps=2").history
+    for one, other in zip(row, again, strict=True):
+        assert one["generation_batches"] == other["generation_batches"]
+        assert one["generated_tokens"] == other["generated_tokens"] >= one["tokens"]
+    assert max(r["generation_batches"] for r in row) > 1
+    rollout = trainer(tmp_path / "c").collect(0)
+    assert len(rollout) == 8
+    assert torch.bincount(rollout.group_id.unique(return_inverse=True)[1]).tolist() == [4, 4]
+
+
+def test_a_filter_that_keeps_nothing_stops_and_says_what_to_change(tmp_path: Path, add: Add) -> None:
+    add(lambda: Keep(None))
+    with pytest.raises(TrainingStopped, match="step 0: only 0 of 2 groups passed the filters in 6 generation batches"):
+        run(tmp_path / "a", "steps=1")
+
+
+class Anchor(Method):
+    """Needs the starting policy's log-probs, and remembers how far the policy is from them."""
+
+    slug = "anchor"
+    requires = ("ref_logprob",)
+
+    def __init__(self) -> None:
+        self.distances: list[float] = []
+
+    def advantage(self, rollout: Rollout) -> Tensor:
+        assert rollout.old_logprob is not None
+        difference = (rollout.old_logprob - rollout.require("ref_logprob", by=self.slug))[rollout.mask]
+        self.distances.append(float(difference.abs().max()))
+        return torch.ones_like(rollout.behaviour_logprob)
+
+
+def test_the_reference_is_the_starting_policy_also_after_a_resume(tmp_path: Path, add: Add) -> None:
+    anchors = add(Anchor)
+    run(tmp_path / "a", "steps=2", "optimizer.lr=1e-2")
+    first = anchors[0].distances  # type: ignore[attr-defined]
+    assert first[0] < 1e-4 < first[1]
+    run(tmp_path / "a", "steps=3", "optimizer.lr=1e-2", resume=True)
+    assert anchors[0].distances[0] > 1e-4  # type: ignore[attr-defined]

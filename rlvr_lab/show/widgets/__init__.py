@@ -16,7 +16,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-__all__ = ["PassAtK", "PolicyGradientBandit", "TemperatureExplorer", "javascript"]
+__all__ = ["ClipForce", "PassAtK", "PolicyGradientBandit", "SurrogateForce", "TemperatureExplorer", "javascript"]
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "widgets.css").read_text(encoding="utf-8")
@@ -116,3 +116,38 @@ class PassAtK(_Widget):
         if any(not 0 <= count <= samples for count in (*base, *trained)):
             raise ValueError(f"a count of correct responses must lie in 0..{samples}")
         super().__init__(samples=samples, base=[int(c) for c in base], trained=[int(c) for c in trained], k=k, **kwargs)
+
+
+class ClipForce(_Widget):
+    """One token under a reward that says nothing: where does the clip act, and which way does it push on average?"""
+
+    _esm = javascript("clip_force")
+    _shown = ("old", "change", "range")
+    old = traitlets.Float(0.05).tag(sync=True)
+    change = traitlets.Float(0.0).tag(sync=True)
+    range = traitlets.Float(0.2).tag(sync=True)
+
+    def __init__(self, old: float = 0.05, *, change: float = 0.0, clip_range: float = 0.2, **kwargs: Any) -> None:
+        """``old``: the token's probability when it was sampled; ``change``: how far its logit has moved since."""
+        if not 0 < old < 1 or not 0 < clip_range < 1:
+            raise ValueError("old and clip_range must lie between 0 and 1")
+        super().__init__(old=float(old), change=float(change), range=float(clip_range), **kwargs)
+
+
+class SurrogateForce(_Widget):
+    """One token of one response: how hard does each surrogate push its log-probability, and which one falls silent?"""
+
+    _esm = javascript("surrogate_force")
+    _shown = ("ratio", "others", "sign", "tokens")
+    ratio = traitlets.Float(1.0).tag(sync=True)
+    others = traitlets.Float(1.0).tag(sync=True)
+    sign = traitlets.Int(1).tag(sync=True)
+    tokens = traitlets.Int(20).tag(sync=True)
+
+    def __init__(
+        self, ratio: float = 1.0, *, others: float = 1.0, sign: int = 1, tokens: int = 20, **kwargs: Any
+    ) -> None:
+        """``ratio``: importance ratio of the token; ``others``: that of every other token of its response."""
+        if ratio <= 0 or others <= 0 or sign not in (-1, 1) or tokens < 1:
+            raise ValueError("ratio and others must be positive, sign must be -1 or 1, tokens at least 1")
+        super().__init__(ratio=float(ratio), others=float(others), sign=sign, tokens=tokens, **kwargs)

@@ -21,8 +21,8 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        right = module._entropy_of_log
-        module._entropy_of_log = lambda log_p: right(log_p) / math.log(2)
+        right = module.entropy_of_log
+        module.entropy_of_log = lambda log_p: right(log_p) / math.log(2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
