@@ -26,7 +26,7 @@ COLUMNS = (
     "step", "reward", "token_entropy", "top20_token_entropy", "answer_entropy", "distinct_correct",
     "mean_tokens", "dead_groups", "clip_low", "clip_high", "kl_old_new", "certain_tokens",
     "generated_tokens", "ledger_up_likely", "ledger_up_unlikely", "ledger_down_likely",
-    "ledger_down_unlikely", "ledger_predicted", "ledger_gain", "ledger_measured", "ledger_probe",
+    "ledger_down_unlikely", "ledger_predicted", "ledger_gain", "ledger_forecast", "ledger_measured", "ledger_probe",
     "covariance",
 )  # fmt: skip
 KEPT = ("pass@1", "pass@4", "pass@16", "pass@32", "distinct_correct", "token_entropy", "answer_entropy", "mean_tokens")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +133,12 @@ def trend(values: Array) -> Trend:
     first, last = known[:n], known[-n:]
     error = math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / n)
     return Trend(float(first.mean()), float(last.mean()), error)
+
+
+def latest(change: Trend, values: Array, steps: int = 3) -> Trend:
+    """The trend with the mean of the last few measured steps as its end, where that is higher; the error is kept."""
+    known = values[np.isfinite(values)]
+    return replace(change, late=max(change.late, float(known[-steps:].mean()))) if len(known) >= steps else change
 
 
 def smooth(values: Array, width: int = 3) -> Array:

@@ -37,6 +37,7 @@ from .doctor_record import (
     arrow,
     graded,
     late_half,
+    latest,
     mean_of,
     one_digit,
     score,
@@ -220,9 +221,12 @@ def bonus_of(history: History) -> tuple[str, float] | None:
 
 
 def explosion(history: History) -> Finding | None:
-    """Entropy rises to 1.5 times its start or more, and by at least 2 % of ln V (0.1 nats where V is unknown)."""
+    """Entropy rises to 1.5 times its start or more, and by at least 2 % of ln V (0.1 nats where V is unknown).
+
+    An explosion is exponential, so the last three steps count where they lie above the late window.
+    """
     values = history.column("token_entropy")
-    entropy, accuracy = trend(values), trend(history.column(history.accuracy))
+    entropy, accuracy = latest(trend(values), values), trend(history.column(history.accuracy))
     vocabulary = np.nanmax(history.column("vocabulary")) if history.has("vocabulary") else math.nan
     most = math.log(vocabulary) if vocabulary > 1 else math.nan
     least = 0.02 * most if math.isfinite(most) else 0.1
@@ -324,26 +328,29 @@ KL_HIGH, KL_EXTREME = 0.02, 0.2
 
 
 def learning_rate(history: History) -> Finding | None:
-    """Steps too large: KL(old || new) from 0.02 nats per token, together with damage; from 0.2 alone.
+    """Steps too large: mean KL(old || new) from 0.02 nats per token, together with damage; a median of 0.2 alone.
 
-    Damage: accuracy clearly below its best, certain tokens getting fewer or entropy rising without a bonus (updates
+    The mean, because a few huge steps do the harm. Damage: accuracy clearly below its best, certain tokens getting fewer or entropy rising without a bonus (updates
     are noise), responses without answer or end. Damage of two kinds counts without the KL too.
     """
-    kl = late_half(history.column("kl_old_new"))
+    values = history.column("kl_old_new")
+    kl, extreme = mean_of(values[len(values) // 2 :]), late_half(values) >= KL_EXTREME
     damage = _damage(history)
     lost = any(name == "lost" for name, _ in damage)
     ruined = trend(history.column(history.accuracy)).late <= 0.5 * _best_accuracy(history)
     large = kl >= KL_HIGH
-    if not (kl >= KL_EXTREME or (large and damage) or (lost and len(damage) >= 2)):
+    if not (extreme or (large and damage) or (lost and len(damage) >= 2)):
         return None
     lr = history.number("optimizer.lr", math.nan)
     # the KL of a step grows with the square of its size; 0.005 is where healthy runs of the lab are
     factor = float(np.clip(math.sqrt(0.005 / kl), 0.05, 0.5)) if large else 1 / 3
-    known = f"update KL(old || new) in the second half: {show(kl)} nats per token (healthy: below {KL_HIGH})"
+    known = (
+        f"mean KL(old || new) of the updates in the second half: {show(kl)} nats per token (healthy: below {KL_HIGH})"
+    )
     peak = np.nanmax(history.column("ratio_max")) if history.has("ratio_max") else math.nan
     return Finding(
         fault="learning_rate",
-        severity=graded(float(kl >= KL_EXTREME or ruined), 1.0),
+        severity=graded(float(extreme or ruined), 1.0),
         likelihood=score(kl, KL_HIGH, KL_EXTREME) if large else 0.5,
         title="Learning rate too high",
         cause="Updates are larger than the surrogate's trust region; they overwrite what the policy knew, and noise "

@@ -319,6 +319,27 @@ def test_a_bonus_is_recognised_by_its_numbers_or_by_its_setting() -> None:
     assert examine(history(log)).findings[0].setting == "optimizer.lr"
 
 
+def test_an_explosion_that_has_just_begun_is_found() -> None:
+    log = planted("bonus")
+    log["token_entropy"] = np.concatenate([np.full(STEPS - 3, 0.17), [0.2, 0.28, 0.38]])
+    log["regularise_entropy_bonus"] = -0.2 * log["token_entropy"]
+    log["accuracy"] = log["reward"] = ramp(0.3, 0.2)
+    assert serious(examine(history(log)).findings) == ["explosion"]
+    log["token_entropy"][-2:] = [0.2, 0.19]
+    assert "explosion" not in serious(examine(history(log)).findings)
+
+
+def test_a_few_huge_steps_with_damage_point_to_the_learning_rate() -> None:
+    log = planted("lr")
+    log["kl_old_new"] = np.full(STEPS, 0.01)
+    log["kl_old_new"][25::5] = 0.12
+    found = examine(history(log)).findings[0]
+    assert (found.fault, found.severity) == ("learning_rate", "critical")
+    calm = healthy_log()
+    calm["kl_old_new"] = log["kl_old_new"]  # without damage large steps are no fault
+    assert examine(history(calm)).clean
+
+
 def test_a_consequence_names_its_cause_and_is_no_finding_of_its_own() -> None:
     found = {f.fault: f for f in examine(history(planted("lr"))).findings}
     assert found["clip_saturation"].follows_from == "learning_rate"
