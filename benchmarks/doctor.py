@@ -9,6 +9,9 @@ each run, all findings and the figures they rest on; printed: the confusion matr
 
 A run counts as *found* where the planted fault is the first finding above "note", as *listed* where it stands above
 "note" but not first, and as *missed* otherwise. Every other finding above "note" is an extra one, and is listed.
+
+The rules were set on such runs, so most of this table is a fit and not a forecast; `TRIALS` says how often they were
+right on runs that they had not seen.
 """
 
 from __future__ import annotations
@@ -54,6 +57,20 @@ QUICK = (
 )  # fmt: skip
 SMALL = (*QUICK, "rollout.prompts=16")
 RECOMPUTE = "update.recompute_old_logprob=true"
+
+
+TRIALS = (
+    "Rules set on seed 0 under an earlier recipe (lr 5e-4, groups of 16). Seed 1 of the same, unseen: 15 of 16 plants "
+    "found, no extra finding, the healthy run clean. Missed: 'already_solved', whose pool was solved in 80 % of the "
+    "samples only; that plant was replaced (it is now the healthy 'solves_easy_problems'), the rule was not.",
+    "Same rules, recipe of today (lr 5.7e-4, 6 minibatches), seeds 0 to 2, all unseen: 46 of 48 found, no extra "
+    "finding, 16 of 16 healthy runs clean. Missed: 'entropy_bonus_0.2' seed 1, which ended as its explosion began "
+    "(entropy 1.49 times the early level, threshold 1.5), and 'lr_1.5e-3_no_warmup' seed 0 (median KL 0.019, "
+    "threshold 0.02).",
+    "Then two rules were amended (explosion: also the last three steps; learning rate: mean instead of median KL), "
+    "which finds both. Seeds 3 and 4 of these two plants and of 'grpo_S' were run afterwards.",
+)
+"""What came out before the rules were last changed."""
 
 
 # -- planted methods ------------------------------------------------------------------------------------------------
@@ -393,6 +410,7 @@ def main(
         "machine": machine(),
         "load_note": load_note,
         "plants": {p.name: {"fault": p.fault, "recipe": p.recipe, "settings": p.settings} for p in PLANTS},
+        "trials": TRIALS,
         "matrix": matrix(found),
         "runs": [verdict.record() for verdict in found],
     }

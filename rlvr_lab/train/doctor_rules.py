@@ -330,8 +330,9 @@ KL_HIGH, KL_EXTREME = 0.02, 0.2
 def learning_rate(history: History) -> Finding | None:
     """Steps too large: mean KL(old || new) from 0.02 nats per token, together with damage; a median of 0.2 alone.
 
-    The mean, because a few huge steps do the harm. Damage: accuracy clearly below its best, certain tokens getting fewer or entropy rising without a bonus (updates
-    are noise), responses without answer or end. Damage of two kinds counts without the KL too.
+    The mean, because a few huge steps do the harm. Damage: accuracy clearly below its best, certain tokens getting
+    fewer or entropy rising without a bonus (updates are noise), responses without answer or end. Damage of two kinds
+    counts without the KL too.
     """
     values = history.column("kl_old_new")
     kl, extreme = mean_of(values[len(values) // 2 :]), late_half(values) >= KL_EXTREME
