@@ -114,7 +114,12 @@ def place_mask(places: Tensor, like: Tensor) -> Tensor:
 def kl_cov_loss(
     logprob_BT: Tensor, old_logprob_BT: Tensor, advantage_BT: Tensor, selected_BT: Tensor, beta: float
 ) -> Surrogate:
-    """-A r + beta |log pi - log pi_old| on the selected tokens [B, T]; nothing is clipped."""
+    """-A r + beta |log pi - log pi_old| on the selected tokens [B, T]; nothing is clipped.
+
+    The penalty's gradient is +-beta by the sign of log r, however small it is, and 0 only where the two log-probs are
+    equal bit by bit. Log-probs recorded by the sampler differ from a recomputation in the last bits, so "on-policy
+    KL-Cov is plain policy gradient" needs `update.recompute_old_logprob: true` (shown in the chapter).
+    """
     ratio = importance_ratio(logprob_BT, old_logprob_BT)
     penalty = beta * (logprob_BT - old_logprob_BT).abs() * selected_BT
     nowhere = torch.zeros_like(selected_BT, dtype=torch.bool)
