@@ -68,7 +68,7 @@ TRIALS = (
     "(entropy 1.49 times the early level, threshold 1.5), and 'lr_1.5e-3_no_warmup' seed 0 (median KL 0.019, "
     "threshold 0.02).",
     "Then two rules were amended (explosion: also the last three steps; learning rate: mean instead of median KL), "
-    "which finds both. Seeds 3 and 4 of these two plants and of 'grpo_S' were run afterwards.",
+    "which finds both. Seeds 3 and 4 of these two plants and of 'grpo_S', run afterwards: 4 of 4 found, 2 of 2 clean.",
 )
 """What came out before the rules were last changed."""
 

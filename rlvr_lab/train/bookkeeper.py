@@ -119,7 +119,7 @@ class Bookkeeper:
         own, probe = self._measure()
         classes, methods = self.booking.mean()
         entry = self.ledger.record(step, classes, own, probe, methods, step_size)
-        named = {f"ledger_{NAMES[name]}": value for name, value in entry.predicted.items() if name != "none"}
+        named = {f"ledger_{NAMES[name]}": value for name, value in entry.predicted.items()}
         parts = {f"ledger_by_{name}": value for name, value in entry.methods.items()} if len(methods) > 2 else {}
         return {
             **named,
