@@ -13,9 +13,7 @@ class UserError(ValueError):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A clause that suggests the nearest valid name, or lists the few there are."""
     options = sorted(choices)
-    # the last part of a dotted name is what people remember
-    exact = [option for option in options if option.endswith(f".{word}")]
-    close = exact[:1] or get_close_matches(word, options, n=1, cutoff=0.5)
+    close = get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
     return "choose one of: " + ", ".join(options) if len(options) <= 12 else "no valid name is close"

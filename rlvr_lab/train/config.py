@@ -259,11 +259,9 @@ def _suggest(location: tuple[int | str, ...]) -> str:
             section = annotation
     prefix = ".".join(map(str, location[:-1]))
     own = nearest(str(location[-1]), section.model_fields)
-    if "did you mean" in own and prefix:
-        return own.replace("'", f"'{prefix}.", 1)
-    if "did you mean" in own:
-        return own
-    # the key may be right and only its section missing, as in `lr=1e-4`
+    if prefix:
+        return own.replace("'", f"'{prefix}.", 1) if "did you mean" in own else own
+    # the key may be right and only its section missing, as in `lr=1e-4`; that comes before a key that looks like it
     for name, field in TrainConfig.model_fields.items():
         annotation = field.annotation
         if (
