@@ -1,10 +1,11 @@
 """Run methods and their controls on the tiny lab, several seeds each, and record every step: the book's longer results.
 
     python benchmarks/arms.py --list
-    python benchmarks/arms.py --arms grpo kl_cov kl_cov_random --seeds 3 --jobs 2
+    python benchmarks/arms.py --arms kl_cov --arms kl_cov_random --seeds 3 --jobs 2
 
-An arm is the recipe `grpo/tiny` with a few settings changed; seeds, problems and the number of generated responses are
-matched. Results are added to `book/data/arms.json`: arms that are already there and not asked for again stay.
+An arm is the recipe `grpo/tiny` with a few settings changed; seeds, problems and the number of responses learned from
+are matched (dynamic sampling generates more: `generated_tokens`). Results are added to `book/data/arms.json`: arms that
+are already there and not asked for again stay.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def main(
     arms: Annotated[list[str] | None, typer.Option(help="Arms to run; all by default.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
     steps: Annotated[int, typer.Option(help="GRPO steps.")] = 80,
-    samples: Annotated[int, typer.Option(help="Responses per problem in an evaluation.")] = 32,
+    samples: Annotated[int, typer.Option(help="Responses per problem in an evaluation.", min=32)] = 32,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.")] = 2,
     out: Annotated[Path, typer.Option(help="File to add the results to.")] = DATA,
     show: Annotated[bool, typer.Option("--list", help="List the arms, then stop.")] = False,
@@ -136,10 +137,12 @@ def main(
     if unknown := [a for a in chosen if a not in ARMS]:
         raise typer.BadParameter(f"no arm '{unknown[0]}'; --list shows them")
     record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"arms": {}}
-    record |= {
-        "command": "python benchmarks/arms.py", "date": time.strftime("%Y-%m-%d"), "recipe": "grpo/tiny",
-        "problems": 96, "samples": samples, "machine": machine() | {"threads": 1}, "base": base_evaluation(samples),
-    }  # fmt: skip
+    origin = {"date": time.strftime("%Y-%m-%d"), "machine": machine() | {"threads": 1}}
+    if "base" not in record:
+        record |= origin | {"command": "python benchmarks/arms.py", "recipe": "grpo/tiny", "problems": 96}
+        record |= {"samples": samples, "base": base_evaluation(samples)}
+    if record["samples"] != samples:
+        raise typer.BadParameter(f"{out} holds evaluations of {record['samples']} samples; use that, or another --out")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         waiting = {
@@ -151,7 +154,7 @@ def main(
                 print(f"{arm} seed {seed}: {type(error).__name__}: {error}", flush=True)
                 continue
             entry = record["arms"].setdefault(arm, {"settings": ARMS[arm], "seeds": {}})
-            entry["settings"] = ARMS[arm]
+            entry |= origin | {"settings": ARMS[arm]}  # arms may come from different machines
             entry["seeds"][str(seed)] = future.result()
             last = future.result()["evaluations"][-1]
             print(f"{arm} seed {seed}: pass@1 {last['pass@1']:.3f} pass@32 {last['pass@32']:.3f} distinct "

@@ -69,7 +69,10 @@ def make_problem(rows: int, width: int, vocabulary: int, kind: str, device: str)
     """Random weight; hidden states that are flat, peaked, or mixed: towards the given token, by 0 to 25 nats."""
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    normal = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
     weight = normal(vocabulary, width)
     ids = torch.randint(vocabulary, (rows,), generator=g, device=device)
     nats = {"flat": 0.0, "peaked": 22.0, "mixed": 25 * torch.rand(rows, 1, generator=g, device=device)}[kind]
@@ -285,7 +288,10 @@ def errors(p: Problem, contender: Contender, truth: Exact) -> dict[str, float]:
     """Largest absolute error of the statistics in nats; relative error (norms) of the gradients."""
     logprob, entropy = found = contender(p)
     d_hidden, d_weight = gradients(p, found)
-    relative = lambda a, b: float((a.double() - b).norm() / b.norm().clamp_min(1e-300))  # noqa: E731
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b).norm() / b.norm().clamp_min(1e-300))
+
     return {
         "logprob": float((logprob.detach().double() - truth.logprob).abs().max()),
         "entropy": float((entropy.detach().double() - truth.entropy).abs().max()),

@@ -83,7 +83,7 @@ def _through_entropy(loss: Tensor, inputs: LossInputs, moments: Moments) -> Tens
 
 def _accumulate(into: dict[str, float], values: Mapping[str, float]) -> None:
     for name, value in values.items():
-        into[name] = into.get(name, 0.0) + (value if value == value else 0.0)  # nan: a micro-batch without tokens
+        into[name] = into.get(name, 0.0) + value
 
 
 class Bookkeeper:

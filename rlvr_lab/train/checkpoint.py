@@ -154,6 +154,8 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 def restore(where: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Load optimizer state into `optimizer` and return the trainer's. Weights are loaded with `load_policy(where)`."""
     plain = json.loads((where / "trainer.json").read_text())
+    if "parts" not in plain:
+        raise UserError(f"{where} was written by an older version of this program; start a new run from its weights")
     parts: dict[str, dict[str, Any]] = {name: dict(own) for name, own in plain["parts"].items()}
     per_parameter: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(where / "trainer.safetensors").items():

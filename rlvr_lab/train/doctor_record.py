@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 Severity = Literal["note", "warning", "critical"]
 Array = NDArray[np.float64]
-SEVERITIES: tuple[Severity, ...] = ("note", "warning", "critical")
 
 
 @dataclass(frozen=True)

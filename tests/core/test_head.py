@@ -367,7 +367,10 @@ def spoil(tensor, index, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_argument_at_fault_is_named(implementation, value):
     (hidden, weight, bias), ids = problem(5, 3, 12, bias=True)
-    run = lambda h, w, b: head_statistics(h, w, ids, bias=b, chunk=5, implementation=implementation)  # noqa: E731
+
+    def run(h, w, b):
+        return head_statistics(h, w, ids, bias=b, chunk=5, implementation=implementation)
+
     with pytest.raises(ValueError, match=r"row 3 .*hidden"):
         run(spoil(hidden, (3, 1), value), weight, bias)
     with pytest.raises(ValueError, match=r"row 0 .*weight .*token 7"):

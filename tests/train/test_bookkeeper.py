@@ -16,6 +16,7 @@ from torch import Tensor
 from rlvr_lab.core.reduce import masked_mean
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.methods import Method, build, compose
+from rlvr_lab.policy import forward
 from rlvr_lab.policy.forward import scored, token_view
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.train.bookkeeper import Booking, Bookkeeper
@@ -127,3 +128,14 @@ def test_without_rows_there_is_no_ledger_and_the_run_is_the_same(tmp_path: Path)
     assert not [k for k in plain[0] if k.startswith("ledger")]
     for name in ("loss", "reward", "token_entropy", "grad_norm"):
         assert [row[name] for row in plain] == [row[name] for row in kept]
+
+
+def test_what_the_tiled_head_cannot_predict_is_undefined_not_zero(
+    tiny_s: Policy, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "LARGE", 1)
+    grpo = build("grpo", {"preset": "tiny"})
+    plain, _ = booked(tiny_s, rollout, [grpo]).mean()
+    assert all(math.isfinite(value) for value in plain.values())
+    _, parts = booked(tiny_s, rollout, [grpo, PlainBonus(0.1)]).mean()
+    assert math.isnan(parts["plain_bonus"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlvr_lab.errors import UserError
 from rlvr_lab.policy.load import Policy, load_policy
 from rlvr_lab.train import checkpoint
 from rlvr_lab.train.checkpoint import DiskError, TrainerState, newest, restore, save, verify
@@ -194,3 +195,10 @@ def test_a_kill_during_a_write_leaves_the_older_checkpoint(root: Path) -> None:
     assert found == root / "step_000001"
     assert refused == []
     assert not (root / "step_000002.partial").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_words(write: Any, trained: Any) -> None:
+    where = write(1)
+    (where / "trainer.json").write_text(json.dumps({"step": 1, "methods": {}}))
+    with pytest.raises(UserError, match="written by an older version"):
+        restore(where, trained[1])
