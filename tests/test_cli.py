@@ -48,7 +48,7 @@ def test_help_is_served_without_anything_heavy_either() -> None:
 def test_help_names_every_command() -> None:
     result = lab("--help")
     assert result.exit_code == 0
-    assert COMMANDS == ["doctor", "evaluate", "methods", "pretrain", "train"]
+    assert {"doctor", "evaluate", "methods", "pretrain", "train"} <= set(COMMANDS)
     for name in COMMANDS:
         assert name in result.output
 

@@ -1,0 +1,5 @@
+"""`python -m rlvr_lab.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,89 @@
+"""`rlvr-lab methods`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from ._common import table, user_errors
+
+
+def methods(
+    slug: Annotated[str | None, typer.Argument(help="Show one method with its settings.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the methods with stage, citation, hooks, presets, chapter, recipe and status; or one with its settings.
+
+    Examples:
+
+        rlvr-lab methods
+
+        rlvr-lab methods kl_cov
+
+        rlvr-lab methods --json
+
+    Hooks marked * are exclusive: a composition can hold one owner of each beside its base. Compose methods on the
+    command line: rlvr-lab train grpo/tiny "methods={grpo: {preset: tiny}, kl_cov: {preset: tiny}}" --out runs/kl
+    """
+    import json
+
+    from ..methods import REGISTRY
+
+    with user_errors():
+        if slug is not None:
+            row = _method_row(slug)
+            settings = _method_settings(slug)
+            typer.echo(json.dumps(row | {"settings": settings}, indent=1)) if as_json else _show_method(row, settings)
+            return
+        rows = [_method_row(name) for name in REGISTRY]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    else:
+        table("methods", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _method_row(slug: str) -> dict[str, str]:
+    from ..errors import nearest
+    from ..methods import REGISTRY, hooks_of, load_class
+
+    if slug not in REGISTRY:
+        raise UserError(f"no method '{slug}'; {nearest(slug, REGISTRY)}")
+    entry = REGISTRY[slug]
+    cls = load_class(slug) if entry.cls else None
+    return {
+        "slug": entry.slug,
+        "title": entry.title,
+        "arXiv": entry.arxiv,
+        "stage": entry.stage,
+        "hooks": ", ".join(hooks_of(cls)) if cls else "",
+        "presets": ", ".join(cls.presets) if cls else "",
+        "chapter": entry.chapter,
+        "recipe": entry.recipe or "",
+        "status": entry.status,
+    }
+
+
+def _method_settings(slug: str) -> dict[str, dict[str, Any]]:
+    """Every setting with its value in each preset."""
+    from dataclasses import asdict
+
+    from ..methods import REGISTRY, load_class
+
+    if not REGISTRY[slug].cls:
+        return {}
+    presets = {name: asdict(config) for name, config in load_class(slug).presets.items()}
+    names = next(iter(presets.values()), {})
+    return {name: {preset: values[name] for preset, values in presets.items()} for name in names}
+
+
+def _show_method(row: dict[str, str], settings: dict[str, dict[str, Any]]) -> None:
+    for name, value in row.items():
+        if value:
+            typer.echo(f"{name:8s} {value}")
+    if settings:
+        presets = list(next(iter(settings.values())))
+        prefix = f"methods.{row['slug']}."
+        rows = [[prefix + name, *(str(values[p]) for p in presets)] for name, values in settings.items()]
+        table("settings by preset", ["setting", *presets], rows)
