@@ -73,6 +73,8 @@ class Rollout:
     behaviour_logprob: Tensor
     """Log-probability under the sampling distribution, in nats, at `behaviour_temperature`."""
     behaviour_temperature: Tensor
+    policy_temperature: float | None = None
+    """Temperature of the distribution that is trained; None where that is `behaviour_temperature`, one for all."""
     # known later, or only to some methods
     old_logprob: Tensor | None = None
     """Log-probability under the policy before this step's updates; the denominator of the importance ratio."""

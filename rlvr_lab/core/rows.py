@@ -64,6 +64,8 @@ def _join(name: str, values: list[Any]) -> Any:
             raise ValueError(f"'{name}' has different entries: {sorted({k for v in values for k in v})}")
         pad = _pad_right if name == "statistics" else list
         return {key: torch.cat(pad([v[key] for v in values])) for key in first}
+    if any(value != first for value in values):
+        raise ValueError(f"'{name}' differs between the rollouts: {values}")
     return first
 
 

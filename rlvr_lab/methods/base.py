@@ -15,18 +15,24 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 | `prepare` | optimizer minibatch, advantage, generator | token statistics [B, T] by name | all are recorded |
 | `weight` | optimizer minibatch, advantage | token weights [B, T] of the surrogate | multiplied |
 | `clip` | optimizer minibatch, advantage | lower and upper bound of the ratio | exclusive |
+| `read_old_logits` | log-probs [b, T, V] before the update | token statistics by name | all are recorded |
+| `read_logits` | log-probs [b, T, V] of the policy being updated | token statistics by name | all are recorded |
 | `surrogate` | micro-batch (`LossInputs`) | per-token loss (`Surrogate`) | exclusive |
 | `regularise` | micro-batch (`LossInputs`) | extra per-token loss [b, T] | all are added |
 | `observe` | step metrics | nothing; changes its own state | all are told |
 
 `prepare` exists so that choices which span the minibatch (top-k, quantiles, covariances) are made before it is split
 into micro-batches. `weight` multiplies the surrogate alone; regularisers are reduced over all tokens.
+
+Statistics that need the whole distribution are read from the logits, because no one keeps [B, T, V]. `read_old_logits`
+is asked once per rollout, when it is scored (`update.recompute_old_logprob: true`); `read_logits` once over the
+minibatch without gradient, for `prepare`, and again in every micro-batch with gradient (`LossInputs.statistics`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -38,12 +44,16 @@ from ..core.rollout import Rollout
 from ..errors import UserError
 
 EXCLUSIVE = ("select", "sample", "advantage", "clip", "surrogate")
-CHAINED = ("reward", "filter", "prepare", "weight", "regularise", "observe")
-HOOKS = ("select", "sample", "reward", "filter", "advantage", "prepare", "weight", "clip", "surrogate", "regularise",
-         "observe")  # fmt: skip
+CHAINED = ("reward", "filter", "prepare", "weight", "regularise", "observe", "read_old_logits", "read_logits")
+HOOKS = ("select", "sample", "read_old_logits", "reward", "filter", "advantage", "read_logits", "prepare", "weight",
+         "clip", "surrogate", "regularise", "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
 CURRENT = ("current_logprob", "current_entropy")
 """Statistics of the policy being updated, scored over the whole minibatch for methods with `needs_current`."""
+MOMENTS = ("current_collision", "current_cross")
+"""The same for methods with `needs_moments`: sum of p^2 and sum of p^2 log p over the vocabulary."""
+CLIP_BOUNDS = ("clip_lower", "clip_upper")
+"""Bounds of the ratio, by whoever owns `clip`; in the minibatch when `weight` is asked."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class LossInputs:
     lower: Tensor
     upper: Tensor
     entropy: Tensor | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `read_logits` of the composition's methods found, with gradient."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ class Method:
     """True for a method whose exclusive hooks others may take over."""
     needs_current: ClassVar[bool] = False
     """True where `prepare` reads `current_logprob` or `current_entropy`; costs one more forward pass."""
+    needs_moments: bool = False
+    """True where `weight` reads the statistics `MOMENTS` too."""
     needs_entropy: ClassVar[bool] = False
     """True where the loss reads `LossInputs.entropy`."""
     learns_without_advantage: ClassVar[bool] = False
@@ -199,6 +213,14 @@ class Pipeline:
         """Advantage [B, T], zero outside the mask, without gradient."""
         value: Tensor = self.owner("advantage").advantage(rollout)
         return value.detach().masked_fill(~rollout.mask, 0.0)
+
+    def read_logits(self, log_p_bTV: Tensor, ids_bT: Tensor, old: bool = False) -> dict[str, Tensor]:
+        """Token statistics [b, T] that methods read from the whole distribution; `old`: of the policy that sampled."""
+        found: dict[str, Tensor] = {}
+        hook = "read_old_logits" if old else "read_logits"
+        for method in self._chain(hook):
+            found |= getattr(method, hook)(log_p_bTV, ids_bT)
+        return found
 
     # -- over the optimizer minibatch ---------------------------------------------------------------------------
 

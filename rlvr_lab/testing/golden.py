@@ -67,8 +67,12 @@ class Case:
         return torch.tensor(self.inputs[key]).bool()
 
     def ids(self, key: str) -> Tensor:
-        """An input as integers."""
-        return torch.tensor(self.inputs[key]).long()
+        """An input as integers; labels are numbered in the order of their first appearance."""
+        values = self.inputs[key]
+        if any(isinstance(value, str) for value in values):
+            number_of = {label: i for i, label in enumerate(dict.fromkeys(values))}
+            values = [number_of[value] for value in values]
+        return torch.tensor(values).long()
 
 
 def _numbers(value: Any) -> Any:

@@ -22,7 +22,7 @@ REDUCTION: dict[str, Reduction] = {
 }
 
 
-def _reduce(case: Case, loss_BT: Tensor, mask_BT: Tensor, port: bool = False) -> Tensor:
+def reduce_as_verl(case: Case, loss_BT: Tensor, mask_BT: Tensor, port: bool = False) -> Tensor:
     """verl's aggregation. `-norm` divides the sum over all responses by the padded length. The authors' older fork
     counts empty responses in `seq-mean-token-sum`, verl's port does not."""
     mode = case.params.get("loss_agg_mode", "token-mean")
@@ -49,8 +49,8 @@ def _clip_cov(case: Case) -> Replay:
     drawn = torch.tensor(case.outputs.get("randperm", []), dtype=torch.long)
     selected = em.select_clip_cov(candidates, number, permutation=drawn)
     kept = ~em.place_mask(selected, mask)
-    loss = _reduce(case, surrogate.loss * kept, mask)
-    ported = _reduce(case, surrogate.loss * kept, mask, port=True)
+    loss = reduce_as_verl(case, surrogate.loss * kept, mask)
+    ported = reduce_as_verl(case, surrogate.loss * kept, mask, port=True)
     outputs = {
         "loss": loss,
         "loss_verl_port": ported,
@@ -87,7 +87,7 @@ def _kl_cov(case: Case) -> Replay:
         selected = _settle_ties(selected, case.outputs.get(f"selected{suffix}"), covariance)
         chosen = em.place_mask(selected, mask)
         per_token = em.kl_cov_loss(logprob, old, advantage, chosen, case.params["ppo_kl_coef"]).loss
-        losses.append(_reduce(case, per_token, mask, port=bool(suffix)))
+        losses.append(reduce_as_verl(case, per_token, mask, port=bool(suffix)))
         found = {"loss": losses[-1], "selected": selected, "num_selected": len(selected)}
         outputs |= {key + suffix: value for key, value in found.items()}
     return Replay(outputs, gradient(losses[0], logprob))
