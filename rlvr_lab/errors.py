@@ -16,4 +16,4 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    return "choose one of: " + ", ".join(options) if len(options) <= 12 else "no valid name is close"
+    return "choose one of: " + ", ".join(options) if len(options) <= 16 else "no valid name is close"

@@ -81,3 +81,28 @@ def sampled_rollout(policy: Policy, prompts: int = 4, group_size: int = 4, seed:
     reward[::group_size], reward[1::group_size] = 0.0, 1.0
     reward[:group_size] = 1.0
     return rollout.with_(reward=reward, response_mask=mask, action_mask=mask)
+
+
+def byte_level_qwen2(where: Path) -> Path:
+    """A transformers directory: two layers of width 32 with random weights over 256 bytes and three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet + special)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
+    ).save_pretrained(where)
+    config = Qwen2Config(
+        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=258, pad_token_id=256,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(where)
+    return where

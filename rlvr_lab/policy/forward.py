@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from ..core.rollout import Rollout
 
 LARGE = 4096  # vocabulary from which the tiled head pays; below it one softmax over all logits is faster
 LEAST = -1e4  # of log p where squares of it are formed: p is 0 far above it, and the square must stay finite
+FORWARD = "token_tensors"  # the method of a sharded model that stands for its forward pass (policy.shard)
+
+
+class Division(Protocol):
+    """Several processes that share a piece of work; see `train.parallel.World`."""
+
+    def deal(self, items: Sequence[Any]) -> list[Any | None]:
+        """This process's items, as many as every other's; None where it has fewer."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +67,105 @@ def token_view(
     want_entropy: bool = True,
     want_moments: bool = False,
     live: Tensor | None = None,
+    packed: bool = False,
 ) -> TokenView:
     """Log-probability, and where asked for entropy and moments, from one pass; see `response_statistics`.
 
     A large vocabulary goes through the head of `core.head`, which never holds [B, T, V]; `live` [B, T] then names the
-    tokens that reach the loss, and no backward runs for the others. Raises `core.head.NotFinite` there.
+    tokens that reach the loss, and no backward runs for the others. `packed`: all rows as one sequence without
+    padding, which attention must keep apart (`packing_error`). Raises `core.head.NotFinite` where the tiled head does.
     """
+    sharded = getattr(model, FORWARD, None)
+    arguments = (rollout, want_entropy, want_moments, live, packed)
+    logprob, entropy, moments = sharded(*arguments) if sharded else token_tensors(model, *arguments)
+    if sharded:
+        # FSDP gathers weights for the backward pass when a gradient reaches these tensors, which one taken with respect
+        # to them, as for the ledger, must not set off
+        logprob, entropy = logprob.clone(), None if entropy is None else entropy.clone()
+    return TokenView(logprob, entropy, None if moments is None else Moments(*moments))
+
+
+Tensors = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor] | None]
+
+
+def token_tensors(
+    model: Any,
+    rollout: Rollout,
+    want_entropy: bool,
+    want_moments: bool,
+    live: Tensor | None,
+    packed: bool,
+    call: Any = None,
+) -> Tensors:
+    """The fields of a `TokenView` and of its `Moments` as plain tensors, which sharding can follow.
+
+    `call` runs a sharded model's forward pass in place of `model`. Then nothing is raised for logits that are not
+    finite, because the other processes would wait for this one's backward pass: the values are nan.
+    """
+    line = _packed(rollout) if packed and bool(rollout.response_mask.any()) else _padded(rollout)
     if _has_plain_head(model):
-        return _head_view(model, rollout, want_entropy, want_moments, live)
-    log_p = response_log_p(model, rollout)
-    logprob = log_p.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
-    entropy = entropy_of_log(log_p) if want_entropy else None
-    return TokenView(logprob, entropy, _moments(log_p) if want_moments else None)
+        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, raises=call is None)
+    logits = (call or model)(**line.inputs, logits_to_keep=line.keep).logits
+    log_p = torch.log_softmax(line.of_tokens(logits).float() / _one_temperature(rollout), -1)
+    logprob = log_p.gather(-1, line.ids.unsqueeze(-1)).squeeze(-1)
+    entropy = line.spread(entropy_of_log(log_p)) if want_entropy else None
+    moments = tuple(map(line.spread, _moments(log_p))) if want_moments else None
+    return line.spread(logprob), entropy, moments  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """How rows go through the model: padded to [B, P + T], or as one sequence [1, N]."""
+
+    inputs: dict[str, Any]
+    ids: Tensor
+    """The response tokens: [B, T], or those of all rows in turn [n]."""
+    keep: int | Tensor
+    """`logits_to_keep` of transformers: the last positions, or these."""
+    mask: Tensor | None = None
+    """Where the packed tokens belong [B, T]."""
+
+    def of_tokens(self, kept: Tensor) -> Tensor:
+        """What the kept positions predict: the last one of padded rows predicts nothing recorded."""
+        return kept[:, :-1] if self.mask is None else kept[0]
+
+    def hidden_of_tokens(self, hidden: Tensor) -> Tensor:
+        """Hidden states at the positions that predict the tokens."""
+        return hidden[:, -int(self.keep) : -1] if self.mask is None else hidden[0, self.keep]
+
+    def live(self, live: Tensor | None) -> Tensor | None:
+        """Flags [B, T] in the order of the tokens."""
+        return live if self.mask is None or live is None else live[self.mask]
+
+    def spread(self, value: Tensor) -> Tensor:
+        """Values of the tokens as [B, T], zero where a packed row has none."""
+        if self.mask is None:
+            return value
+        return torch.zeros(self.mask.shape, dtype=value.dtype, device=value.device).masked_scatter(self.mask, value)
+
+
+def _padded(rollout: Rollout) -> _Line:
+    # the logits at position i predict token i + 1: keep those of the last prompt token up to the last but one
+    return _Line(_model_inputs(rollout), rollout.response_ids, rollout.response_ids.shape[1] + 1)
+
+
+def _packed(rollout: Rollout) -> _Line:
+    """All tokens in one line. Positions start again with every row, by which transformers keeps rows apart."""
+    mask = torch.cat([rollout.prompt_mask, rollout.response_mask], 1)
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    place = (mask.flatten().long().cumsum(0) - 1).view_as(ids)
+    keep = place[:, rollout.prompt_ids.shape[1] :][rollout.response_mask] - 1
+    positions = (mask.long().cumsum(1) - 1)[mask]
+    inputs = {"input_ids": ids[mask][None], "position_ids": positions[None], "use_cache": False}
+    return _Line(inputs, rollout.response_ids[rollout.response_mask], keep, rollout.response_mask)
+
+
+@torch.no_grad()
+def packing_error(model: Any, rollout: Rollout) -> float:
+    """Largest difference of log-probs between rows in one line and rows apart, in nats. Far above rounding where the
+    model's attention does not keep packed rows apart."""
+    apart, packed = (token_view(model, rollout, False, packed=value).logprob for value in (False, True))
+    return float((apart - packed)[rollout.response_mask].abs().max())
 
 
 def _has_plain_head(model: Any) -> bool:
@@ -78,28 +177,40 @@ def _has_plain_head(model: Any) -> bool:
     return plain and config.vocab_size >= LARGE and hasattr(model, "get_decoder")
 
 
-def _head_view(model: Any, rollout: Rollout, want_entropy: bool, want_moments: bool, live: Tensor | None) -> TokenView:
-    t = rollout.response_ids.shape[1]
-    hidden = model.get_decoder()(**_model_inputs(rollout)).last_hidden_state[:, -t - 1 : -1]
+def _head_tensors(
+    model: Any,
+    rollout: Rollout,
+    line: _Line,
+    want_entropy: bool,
+    want_moments: bool,
+    live: Tensor | None,
+    raises: bool,
+) -> Tensors:
+    hidden = line.hidden_of_tokens(model.get_decoder()(**line.inputs).last_hidden_state)
     head = model.get_output_embeddings()
-    stats = head_statistics(
-        hidden, head.weight, rollout.response_ids, temperature=_one_temperature(rollout), bias=head.bias, live=live
-    )
+    flags, temperature = line.live(live), _one_temperature(rollout)
+    try:
+        stats = head_statistics(hidden, head.weight, line.ids, temperature=temperature, bias=head.bias, live=flags)
+    except FloatingPointError:
+        if raises:
+            raise
+        nan = line.spread(hidden.float().sum(-1) * float("nan"))  # with the gradient's path through all layers
+        return nan, nan if want_entropy else None, (nan.detach(),) * 4 if want_moments else None
     moments = None
     if want_moments:
-        entropy, collision, cross = (x.detach() for x in (stats.entropy, stats.collision, stats.cross))
-        moments = Moments(entropy, collision, cross, torch.full_like(entropy, float("nan")))
-    return TokenView(stats.logprob, stats.entropy if want_entropy else None, moments)
+        entropy, collision, cross = (line.spread(x.detach()) for x in (stats.entropy, stats.collision, stats.cross))
+        moments = (entropy, collision, cross, torch.full_like(entropy, float("nan")))
+    return line.spread(stats.logprob), line.spread(stats.entropy) if want_entropy else None, moments
 
 
 @torch.no_grad()
-def _moments(log_p: Tensor) -> Moments:
+def _moments(log_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     finite = log_p.clamp_min(LEAST)
     p = finite.exp()
     weighted = p * finite
     entropy, collision = -weighted.sum(-1), p.square().sum(-1)
     cross, second = (p * weighted).sum(-1), weighted.square().sum(-1)
-    return Moments(entropy, collision, cross, second + 2 * entropy * cross + entropy.square() * collision)
+    return entropy, collision, cross, second + 2 * entropy * cross + entropy.square() * collision
 
 
 def response_log_p(model: Any, rollout: Rollout) -> Tensor:
@@ -120,6 +231,8 @@ def _model_inputs(rollout: Rollout) -> dict[str, Any]:
 
 
 def _one_temperature(rollout: Rollout) -> float:
+    if rollout.policy_temperature is not None:
+        return rollout.policy_temperature
     values = rollout.behaviour_temperature[rollout.mask]
     if not len(values):
         return 1.0
@@ -129,23 +242,73 @@ def _one_temperature(rollout: Rollout) -> float:
     return first if first > 0 else 1.0
 
 
-def score(model: Any, rollout: Rollout, rows: int) -> Rollout:
-    """Record `old_logprob` and `token_entropy` of the current policy, `rows` responses at a time, longest first."""
-    logprob, entropy = scored(model, rollout, rows)
+def score(model: Any, rollout: Rollout, rows: int, tokens: int | None = None, world: Division | None = None) -> Rollout:
+    """Record `old_logprob` and `token_entropy` of the current policy; see `scored`."""
+    logprob, entropy = scored(model, rollout, rows, tokens, world)
     return rollout.with_(old_logprob=logprob).with_statistics(token_entropy=entropy)
 
 
-@torch.no_grad()
-def scored(model: Any, rollout: Rollout, rows: int) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [B, T] of the recorded tokens, zero outside the mask, without gradient."""
-    b, t = rollout.response_ids.shape
-    logprob = torch.zeros(b, t, device=rollout.response_ids.device)
-    entropy = torch.zeros_like(logprob)
-    for index in torch.split(rollout.lengths.argsort(descending=True), rows):
-        part = rollout.rows(index)
-        values, entropies = response_statistics(model, part)
-        width = part.response_ids.shape[1]
-        logprob[index, :width] = values.masked_fill(~part.mask, 0.0)
-        if entropies is not None:
-            entropy[index, :width] = entropies.masked_fill(~part.mask, 0.0)
+def passes(rollout: Rollout, index: Tensor, rows: int, tokens: int | None = None) -> list[Tensor]:
+    """The rows `index` cut into forward passes in their order: `rows` each, or where `tokens` is given as many as have
+    at most so many prompt and response tokens together (a single one may have more)."""
+    if tokens is None:
+        return list(torch.split(index, rows)) if len(index) else []
+    lengths = (rollout.prompt_mask.sum(1) + rollout.lengths)[index].tolist()
+    sizes: list[int] = []
+    room = 0
+    for length in lengths:
+        if not sizes or length > room:
+            sizes.append(0)
+            room = tokens
+        sizes[-1] += 1
+        room -= length
+    return list(torch.split(index, sizes)) if sizes else []
+
+
+def scored(
+    model: Any, rollout: Rollout, rows: int, tokens: int | None = None, world: Division | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy [B, T] of the recorded tokens, zero outside the mask, without gradient.
+
+    `rows` responses at a time, longest first; or packed, `tokens` tokens at a time. With a `world` its processes share
+    the passes, and all of them get the whole. Raises FloatingPointError as `token_view` does, on all of them.
+    """
+    logprob, entropy = scored_fields(model, rollout, ("logprob", "entropy"), rows, tokens, world)
     return logprob, entropy
+
+
+@torch.no_grad()
+def scored_fields(
+    model: Any,
+    rollout: Rollout,
+    fields: Sequence[str],
+    rows: int,
+    tokens: int | None = None,
+    world: Division | None = None,
+) -> list[Tensor]:
+    """`scored` for any fields of a `TokenView` and of its `Moments`, such as `collision`."""
+    shape, device = rollout.response_ids.shape, rollout.response_ids.device
+    found = [torch.zeros(shape, device=device) for _ in fields]
+    every = passes(rollout, rollout.lengths.argsort(descending=True), rows, tokens)
+    for index in every if world is None else world.deal(every):
+        # a process with one pass less runs along with one row: sharded weights are brought together by all
+        part = rollout.rows(every[-1][-1:] if index is None else index)
+        try:
+            values = _fields(model, part, fields, packed=tokens is not None)
+        except FloatingPointError:
+            if world is None:
+                raise
+            values = [torch.full(part.mask.shape, float("nan"), device=device)] * len(fields)
+        for whole, own in zip(found, values if index is not None else [], strict=index is not None):
+            whole[index, : own.shape[1]] = own.float().masked_fill(~part.mask, 0.0)
+    if world is not None:
+        found = [world.sum_(whole) for whole in found]
+        if bool(found[0].isnan().any()):
+            raise FloatingPointError("the policy's log-probs are not finite")
+    return found
+
+
+def _fields(model: Any, rollout: Rollout, fields: Sequence[str], packed: bool) -> list[Tensor]:
+    moments = any(name not in ("logprob", "entropy") for name in fields)
+    view = token_view(model, rollout, "entropy" in fields, moments, packed=packed)
+    return [getattr(view if name in ("logprob", "entropy") else view.moments, name) for name in fields]

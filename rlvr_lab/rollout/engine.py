@@ -7,7 +7,7 @@ did not pay at this size and are not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.rollout import Rollout, pad
 from ..policy.load import Policy
+from .streams import PromptNoise, Streams, at_quantile, prompt_seeds
 
 EVICT_SHARE = 0.1
 
@@ -34,6 +35,10 @@ class Sampling:
     max_tokens: int = 64
     rows: int = 256
     """Responses in flight at once; more costs memory, fewer costs time."""
+    streams: Streams = "step"
+    """One random stream for the whole call, or one per prompt (`rollout.streams`)."""
+    first: int = 0
+    """Place of the first prompt among all prompts of the step; picks the streams of prompts."""
 
 
 class _Tape:
@@ -54,11 +59,34 @@ class _Tape:
 
 
 class TransformersEngine:
-    """Samples groups of responses from any causal language model of transformers."""
+    """Samples groups of responses from any causal language model of transformers.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    It shares the trainer's module, so that `sync` has nothing to do; or, where the trainer's is sharded, it owns a
+    whole copy (`replica`), which `sync` brings up to date.
+    """
+
+    def __init__(self, policy: Policy, *, replica: bool = False) -> None:
+        self.policy, self.replica = policy, replica
         self._eos = torch.tensor(policy.eos_ids, device=policy.device)
+
+    @torch.no_grad()
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy whole weights by name into the replica; nothing where the trainer's module is shared. Tied weights come
+        once. Raises KeyError for a weight that the model lacks."""
+        if not self.replica:
+            return
+        own = dict(self.policy.model.named_parameters(remove_duplicate=False))
+        for name, value in weights:
+            own[name].copy_(value)
+
+    def sleep(self) -> None:
+        """Give up memory during the update: a shared module has none of its own."""
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+
+    def close(self) -> None:
+        """End the engine; nothing to end here."""
 
     @torch.no_grad()
     def sample(
@@ -81,14 +109,22 @@ class TransformersEngine:
         for i, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompt {i} is empty: a causal model needs at least one token to start from")
-        tapes = []
+        noise = None
+        if sampling.streams == "prompt":
+            seeds = prompt_seeds(generator, sampling.first, len(prompts))
+            noise = PromptNoise(seeds, group_size, sampling.max_tokens)
+        tapes, done = [], 0
         for chunk in _chunks(prompts, group_size, sampling.rows):
-            tapes.append(self._sample_chunk(chunk, sampling, generator))
-            report(len(tapes[-1].ids))
+            rows = sum(n for _, n in chunk)
+            source = generator if noise is None else noise.rows(done, done + rows).to(self.policy.device)
+            tapes.append(self._sample_chunk(chunk, sampling, source))
+            done += rows
+            report(rows)
         problems = list(problem_ids) if problem_ids is not None else list(range(len(prompts)))
         return self._as_rollout(tapes, prompts, problems, group_size, sampling, version)
 
-    def _sample_chunk(self, chunk: Chunk, sampling: Sampling, generator: torch.Generator) -> _Tape:
+    def _sample_chunk(self, chunk: Chunk, sampling: Sampling, source: torch.Generator | Tensor) -> _Tape:
+        """`source`: the stream of all rows, or every row's own numbers [rows, T]."""
         device = self.policy.device
         counts = torch.tensor([n for _, n in chunk], device=device)
         logits, cache, mask = self._prefill([p for p, _ in chunk], counts)
@@ -96,7 +132,8 @@ class TransformersEngine:
         alive = torch.arange(len(logits), device=device)  # place on the tape of each row still in the cache
         running = torch.ones_like(alive, dtype=torch.bool)
         for step in range(sampling.max_tokens):
-            tokens, logprob, entropy = draw(logits, sampling.temperature, generator)
+            now = source if isinstance(source, torch.Generator) else source[alive, step]
+            tokens, logprob, entropy = draw(logits, sampling.temperature, now)
             tape.write(alive[running], step, tokens[running], logprob[running], entropy[running])
             ends = running & torch.isin(tokens, self._eos)
             tape.finished[alive[ends]] = True
@@ -172,11 +209,12 @@ class TransformersEngine:
         )
 
 
-def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token per row; returns token, its log-probability and the entropy, at the given temperature.
 
-    The draw divides probabilities by independent exponentials and takes the largest: an exact sample, and faster than
-    torch.multinomial on a large vocabulary.
+    From a generator, the draw divides probabilities by independent exponentials and takes the largest: an exact
+    sample, and faster than torch.multinomial on a large vocabulary. From uniform numbers [B], it inverts the
+    cumulative distribution.
     Raises FloatingPointError where the policy's logits are not finite.
     """
     if bool(logits_BV.isnan().any()):
@@ -186,8 +224,11 @@ def draw(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> t
         return logits_BV.argmax(-1), zeros, zeros
     log_p = torch.log_softmax(logits_BV / temperature, -1)
     p = log_p.exp()
-    race = torch.empty_like(p).exponential_(generator=generator).clamp_min(torch.finfo(p.dtype).tiny)
-    tokens = (p / race).argmax(-1)
+    if isinstance(source, torch.Generator):
+        race = torch.empty_like(p).exponential_(generator=source).clamp_min(torch.finfo(p.dtype).tiny)
+        tokens = (p / race).argmax(-1)
+    else:
+        tokens = at_quantile(p, source)
     entropy = -(p * log_p.clamp_min(torch.finfo(p.dtype).min)).sum(-1)
     return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1), entropy
 

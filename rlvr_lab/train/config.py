@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..errors import UserError, nearest
 from ..methods import build, load_class
 from ..policy.load import DTYPES
+from ..rollout.vllm_settings import VllmSection
+from ..tasks.benchmarks import benchmark
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,12 +26,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoraSection(Section):
+    """Low-rank adapters through peft: only they are trained, and the starting policy stays at hand for a reference."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """0 trains all weights."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The adapter's product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, such as q_proj; empty takes all but the head."""
+    dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    """Only 0: with dropout the importance ratio would not start at 1."""
+
+
 class ModelSection(Section):
     """Which policy to train. `path`: a transformers directory, `tiny/S`, `tiny/R`, or a hub name."""
 
     path: str = "tiny/S"
     device: str = "auto"
     dtype: str = "float32"
+    """Type of the weights that the optimizer moves."""
+    precision: Literal["same", "bfloat16"] = "same"
+    """Type of forward and backward passes. bfloat16 with dtype float32: mixed precision with float32 master weights."""
+    lora: LoraSection = LoraSection()
 
     @field_validator("dtype")
     @classmethod
@@ -68,6 +87,12 @@ class RolloutSection(Section):
     max_tokens: Positive = 32
     rows: Positive = 256
     """Responses in flight at once."""
+    streams: Literal["auto", "step", "prompt"] = "auto"
+    """Random numbers per step or per prompt. Only those per prompt do not depend on how prompts are divided over
+    processes; auto takes them where there are several."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Program that samples. vllm needs update.recompute_old_logprob."""
+    vllm: VllmSection = VllmSection()
 
     @field_validator("group_size")
     @classmethod
@@ -75,6 +100,17 @@ class RolloutSection(Section):
         if value < 2:
             raise ValueError("a group of one has no baseline to compare with; use at least 2")
         return value
+
+
+class GuardSection(Section):
+    """What happens to a minibatch whose loss or gradient is not finite, or whose gradient is far too large."""
+
+    skip_nonfinite: bool = False
+    """Leave such a minibatch out instead of stopping at once."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """Leave out a minibatch whose gradient norm exceeds this many times the median of the last 64 applied ones."""
+    stop_after: Positive = 5
+    """Stop when so many minibatches in a row were left out."""
 
 
 class OptimizerSection(Section):
@@ -87,6 +123,7 @@ class OptimizerSection(Section):
     warmup: Annotated[int, Field(ge=0)] = 8
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     grad_clip: Annotated[float, Field(gt=0)] = 0.3
+    guard: GuardSection = GuardSection()
 
 
 class UpdateSection(Section):
@@ -96,10 +133,33 @@ class UpdateSection(Section):
     minibatches: Positive = 8
     micro_batch_rows: Positive = 16
     """Responses per forward and backward pass; changes memory and speed, never the result."""
+    packing: bool = False
+    """Join the responses of a pass into one sequence without padding, `micro_batch_tokens` at most."""
+    micro_batch_tokens: Positive = 16384
+    """Prompt and response tokens per pass with `packing`; a longer response gets a pass of its own."""
     skip_dead_rows: bool = True
     """Leave out rows whose loss has no gradient. Exact: they keep their place in the normaliser."""
     recompute_old_logprob: bool = False
     """Score the rollout again instead of using the log-probs recorded while sampling."""
+
+
+class ParallelSection(Section):
+    """Several processes (torchrun). Without `shard` every process holds the whole model and optimizer."""
+
+    shard: Literal["none", "fsdp2"] = "none"
+    """fsdp2: weights, gradients and optimizer state are divided over the processes."""
+    offload: bool = False
+    """With fsdp2 on GPUs: keep what is divided in main memory."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    timeout: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds to wait for a process that is alive but late."""
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> ParallelSection:
+        if self.offload and self.shard == "none":
+            raise ValueError("offload needs parallel.shard: fsdp2")
+        return self
 
 
 class EvaluationSection(Section):
@@ -112,6 +172,15 @@ class EvaluationSection(Section):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     file: Path | None = None
     """JSONL of problems for `math`; by default the training file."""
+    benchmarks: tuple[str, ...] = ()
+    """Measured beside: math500, aime24, ..., or NAME=FILE; without a file they are found as by `rlvr-lab evaluate`."""
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _known_benchmarks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for item in value:
+            benchmark(item.partition("=")[0])
+        return value
 
 
 class CheckpointSection(Section):
@@ -125,8 +194,24 @@ class LoggingSection(Section):
     """`metrics.jsonl` is always written."""
 
     tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases, installed by `pip install wandb`. `offline` writes into the run folder, for `wandb sync`."""
+    wandb_project: Annotated[str, Field(min_length=1)] = "rlvr-lab"
+    wandb_name: str | None = None
+    """Name of the run there; by default that of the run folder."""
+    wandb_group: str | None = None
+    """Runs that W&B shows as one, such as the seeds of one experiment."""
+    view: Literal["auto", "live", "plain", "quiet"] = "auto"
+    """What the terminal shows. `auto`: the live view on a terminal, plain lines elsewhere."""
     samples: Annotated[int, Field(ge=0)] = 4
-    """Transcripts written to samples.jsonl per evaluation or every 20 steps."""
+    """Transcripts written to samples.jsonl and samples.html every `samples_every` steps; 0 writes none."""
+    samples_every: Positive = 20
+
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false and `on` as true
+        return {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
 
 
 class LedgerSection(Section):
@@ -149,6 +234,7 @@ class TrainConfig(Section):
     methods: dict[str, dict[str, Any]] = {"grpo": {"preset": "tiny"}}
     optimizer: OptimizerSection = OptimizerSection()
     update: UpdateSection = UpdateSection()
+    parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
@@ -167,6 +253,15 @@ class TrainConfig(Section):
             raise ValueError(f"update.minibatches is {self.update.minibatches}, but a step has {responses} responses")
         for slug, settings in self.methods.items():
             build(slug, settings)
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_is_scored_again(self) -> TrainConfig:
+        if self.rollout.engine == "vllm" and not self.update.recompute_old_logprob:
+            raise ValueError(
+                "rollout.engine is vllm, which gives no token entropies and whose log-probs are another program's: set "
+                "update.recompute_old_logprob=true"
+            )
         return self
 
 
@@ -277,11 +372,14 @@ def describe_settings() -> list[tuple[str, str]]:
     """Every setting with its default, dotted, for `--help`."""
     rows = []
     for name, field in TrainConfig.model_fields.items():
-        default = field.default
-        if isinstance(default, BaseModel):
-            rows += [(f"{name}.{key}", str(value)) for key, value in default.model_dump().items()]
-        elif name == "methods":
-            rows += [(f"methods.{slug}.*", ", ".join(load_class(slug).presets)) for slug in default]
+        if name == "methods":
+            rows += [(f"methods.{slug}.*", ", ".join(load_class(slug).presets)) for slug in field.default]
         else:
-            rows.append((name, str(default)))
+            rows += _leaves(name, field.default)
     return rows
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
+    if not isinstance(value, BaseModel):
+        return [(name, str(value))]
+    return [leaf for key in type(value).model_fields for leaf in _leaves(f"{name}.{key}", getattr(value, key))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from ..errors import UserError
 from ..policy.load import Policy
 from ..tasks import countdown
 from ..tasks.base import Task
+from ..tasks.benchmarks import benchmark, load_benchmark
+from ..tasks.benchmarks import make_task as benchmark_task
 from ..tasks.jsonl import load_jsonl
 from ..tasks.registry import CountdownTask, MathTask
 from .config import DataSection, TrainConfig
@@ -29,6 +31,8 @@ class Problems:
     evaluation: list[Any]
     held_out: bool
     """False where the evaluation problems are training problems too."""
+    benchmarks: dict[str, tuple[Task[Any], list[Any]]] = field(default_factory=dict)
+    """Measured beside the evaluation problems, each with the task that asks and grades as it does."""
 
     def step_indices(self, seed: int, step: int, count: int) -> list[int]:
         """`count` problems for a step: the pool in a new order each epoch, without random state to keep."""
@@ -62,9 +66,24 @@ def load_problems(config: TrainConfig, policy: Policy, report: Report) -> Proble
         other = config.evaluation.file
         held_out = other is not None and other != config.data.file
         evaluation = _read(other, None, config.data, report) if held_out else train
-    train, prompts = _that_fit(train, task, policy, config.rollout.max_tokens, report)
-    evaluation, _ = _that_fit(evaluation, task, policy, config.rollout.max_tokens, report)
-    return Problems(task, train, prompts, evaluation[: config.evaluation.problems], held_out)
+    train, prompts = that_fit(train, task, policy, config.rollout.max_tokens, report)
+    evaluation, _ = that_fit(evaluation, task, policy, config.rollout.max_tokens, report)
+    benchmarks = _benchmarks(config, policy, report)
+    return Problems(task, train, prompts, evaluation[: config.evaluation.problems], held_out, benchmarks)
+
+
+def _benchmarks(config: TrainConfig, policy: Policy, report: Report) -> dict[str, tuple[Task[Any], list[Any]]]:
+    if config.evaluation.benchmarks and config.data.task != "math":
+        raise UserError(f"evaluation.benchmarks needs data.task: math, not {config.data.task}")
+    found: dict[str, tuple[Task[Any], list[Any]]] = {}
+    for item in config.evaluation.benchmarks:
+        name, _, file = item.partition("=")
+        bad = config.data.max_bad_lines
+        loaded = load_benchmark(benchmark(name), Path(file) if file else None, max_bad_rows=bad, report=report)
+        task = benchmark_task(loaded.benchmark)
+        kept, _ = that_fit(list(loaded.problems), task, policy, config.rollout.max_tokens, report)
+        found[loaded.benchmark.name] = task, kept
+    return found
 
 
 def _read(path: Path | None, limit: int | None, data: DataSection, report: Report) -> list[Any]:
@@ -72,9 +91,16 @@ def _read(path: Path | None, limit: int | None, data: DataSection, report: Repor
     return list(load_jsonl(path, limit=limit, max_bad_lines=data.max_bad_lines, report=report))
 
 
-def _that_fit(
-    problems: list[Any], task: Task[Any], policy: Policy, max_tokens: int, report: Report
+def that_fit(
+    problems: list[Any],
+    task: Task[Any],
+    policy: Policy,
+    max_tokens: int,
+    report: Report,
+    setting: str = "rollout.max_tokens",
 ) -> tuple[list[Any], list[list[int]]]:
+    """Problems whose prompts leave room for `max_tokens`, with their prompts; the others are counted in one line of
+    `report`. Raises UserError that names `setting` where none is left."""
     prompts = [task.prompt_ids(problem, policy.tokenizer) for problem in problems]
     window = getattr(policy.model.config, "max_position_embeddings", None)
     if window is None:
@@ -83,8 +109,8 @@ def _that_fit(
     if not kept:
         shortest = min(map(len, prompts))
         raise UserError(
-            f"the model reads {window} tokens, the shortest prompt has {shortest} and rollout.max_tokens is "
-            f"{max_tokens}: no problem fits. Lower rollout.max_tokens to at most {max(window - shortest, 0)}"
+            f"the model reads {window} tokens, the shortest prompt has {shortest} and {setting} is "
+            f"{max_tokens}: no problem fits. Lower {setting} to at most {max(window - shortest, 0)}"
         )
     if len(kept) < len(problems):
         report(f"{len(problems) - len(kept)} of {len(problems)} prompts are too long for the model and were left out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from ..core.advantages import dead_groups
 from ..core.entropy import answer_entropy, pooled_token_entropy, sequence_mean_token_entropy, top_share_entropy
@@ -12,6 +13,10 @@ from ..core.reduce import masked_mean
 from ..core.rollout import Rollout
 
 CERTAIN = 0.01
+MISMATCH = (
+    "mismatch", "mismatch_mean", "mismatch_kl", "importance_weight_mean", "importance_weight_truncated",
+    "importance_weight_ess",
+)  # fmt: skip
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
@@ -43,25 +48,43 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def sampler_metrics(rollout: Rollout, step: int, vocabulary: int) -> dict[str, float]:
+def sampler_metrics(
+    rollout: Rollout, step: int, vocabulary: int, importance_cap: float | None = None
+) -> dict[str, float]:
     """How the sampler and the policy being trained relate.
 
     `mismatch` is the largest and `mismatch_mean` the mean signed difference of sampling-time minus recomputed
-    log-probs, in nats; a positive mean says that the sampler reports a truncated, renormalised distribution. Both are
-    nan where old log-probs are the recorded ones, because then nothing is compared. `staleness` is the mean number of
-    steps since the policy that sampled.
+    log-probs, in nats; a positive mean says that the sampler reports a truncated, renormalised distribution.
+    `mismatch_kl` estimates KL(sampler || policy) per token (k3, never negative). Weights pi_old / pi_behaviour, per
+    token and before any cap: `importance_weight_mean`, 1 in expectation, and `importance_weight_ess`, the effective
+    share of the tokens (sum w)^2 / (n sum w^2). `importance_weight_truncated` is the share of tokens above the cap of
+    the method that corrects with them, nan where none does. All are nan where old log-probs are the recorded ones,
+    because then nothing is compared. `staleness` is the mean number of steps since the policy that sampled.
     """
-    mismatch = mean = math.nan
+    found = dict.fromkeys(MISMATCH, math.nan)
     if rollout.old_logprob is not None:
-        difference = (rollout.behaviour_logprob - rollout.old_logprob)[rollout.mask]
+        difference = (rollout.behaviour_logprob - rollout.old_logprob)[rollout.mask].double()
         if bool(difference.ne(0).any()):
-            mismatch, mean = float(difference.abs().max()), float(difference.mean())
-    return {
-        "mismatch": mismatch,
-        "mismatch_mean": mean,
+            found = _mismatch(difference, importance_cap)
+    return found | {
         "staleness": float((step - rollout.policy_version).float().mean()),
         "vocabulary": float(vocabulary),
     }
+
+
+def _mismatch(difference: Tensor, cap: float | None) -> dict[str, float]:
+    """`difference` [n]: behaviour minus old log-prob."""
+    weight = (-difference).exp()
+    truncated = math.nan if cap is None else float((weight > cap).double().mean())
+    figures = (
+        float(difference.abs().max()),
+        float(difference.mean()),
+        float((weight - 1 + difference).mean()),
+        float(weight.mean()),
+        truncated,
+        float(weight.sum().square() / (len(weight) * weight.square().sum())),
+    )
+    return dict(zip(MISMATCH, figures, strict=True))
 
 
 def _rows_by_group(rollout: Rollout) -> list[list[int]]:

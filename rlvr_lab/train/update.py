@@ -1,13 +1,16 @@
 """One rollout into optimizer steps: minibatches, micro-batches, and the exact savings.
 
 Statistics that span a minibatch (reduction weights, clip bounds, token weights) are computed before it is split.
-Micro-batches only sum, so their size changes memory and speed and never the result.
+Micro-batches only sum, so their size changes memory and speed and never the result. The same holds for their division
+over processes: all of them prepare the whole minibatch, each runs its share, and gradients are summed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +20,13 @@ from ..core.dynamics import token_covariance
 from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
-from ..methods.base import CURRENT, LossInputs, Pipeline
-from ..policy.forward import scored, token_view
+from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
+from ..policy.forward import passes, scored, scored_fields, token_view
+from ..policy.shard import in_one_piece, is_sharded
 from .bookkeeper import Booking
 from .clock import Clock
+from .guard import Guard
+from .parallel import World
 
 REMEDY = "Lower optimizer.lr or raise optimizer.warmup; with bfloat16, try model.dtype=float32."
 
@@ -70,21 +76,31 @@ class UpdateTotals:
     kl_sum: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
     weight_sum: float = 0.0
+    skipped: int = 0
     terms: TermTotals = field(default_factory=TermTotals)
+
+    def over(self, world: World) -> UpdateTotals:
+        """The totals of all processes: of what each summed over its own micro-batches. The rest is the same in all."""
+        names = ("live_tokens", "live_rows", "clipped_low", "clipped_high", "ratio_sum", "kl_sum")
+        sums = world.sum_floats({name: getattr(self, name) for name in names})
+        largest = world.max_floats({"ratio_max": self.ratio_max})["ratio_max"]
+        terms = TermTotals(world.sum_floats(self.terms.values), world.sum_floats(self.terms.squares))
+        return replace(self, **sums, ratio_max=largest, terms=terms)  # type: ignore[arg-type]
 
     def metrics(self) -> dict[str, float]:
         """Means. Ratios and KL are over tokens that took part; nan where none did."""
-        live = self.live_tokens or float("nan")
+        live, tokens = self.live_tokens or float("nan"), self.tokens or float("nan")
         return {
-            "loss": self.loss / max(self.minibatches, 1),
-            "clip_low": self.clipped_low / self.tokens,
-            "clip_high": self.clipped_high / self.tokens,
+            "loss": self.loss / self.minibatches if self.minibatches else float("nan"),
+            "clip_low": self.clipped_low / tokens,
+            "clip_high": self.clipped_high / tokens,
             "ratio_mean": self.ratio_sum / live,
             "ratio_max": self.ratio_max if self.live_tokens else float("nan"),
             "kl_old_new": self.kl_sum / live,
-            "grad_norm": sum(self.grad_norms) / max(len(self.grad_norms), 1),
+            "grad_norm": sum(self.grad_norms) / len(self.grad_norms) if self.grad_norms else float("nan"),
             "rows_skipped": 1 - self.live_rows / max(self.rows, 1),
-            "weight_mean": self.weight_sum / self.tokens,
+            "weight_mean": self.weight_sum / tokens,
+            "skipped_updates": float(self.skipped),
             **self.terms.metrics(self.minibatches),
         }
 
@@ -120,7 +136,11 @@ class Minibatch:
 
 
 class Updater:
-    """Applies a composed method to a policy."""
+    """Applies a composed method to a policy.
+
+    `micro_batch_tokens` packs micro-batches without padding, so many tokens each. With a `world` of several processes
+    all call `run` with the same rollout and generator.
+    """
 
     def __init__(
         self,
@@ -131,19 +151,28 @@ class Updater:
         epochs: int = 1,
         minibatches: int = 8,
         micro_batch_rows: int = 16,
+        micro_batch_tokens: int | None = None,
         skip_dead_rows: bool = True,
         grad_clip: float = 1.0,
+        guard: Guard | None = None,
+        world: World | None = None,
     ) -> None:
         self.booking: Booking | None = None  # set by whoever keeps a ledger
         self.model, self.optimizer, self.pipeline = model, optimizer, pipeline
         self.epochs, self.minibatches = epochs, minibatches
-        self.micro_batch_rows = micro_batch_rows
+        self.micro_batch_rows, self.micro_batch_tokens = micro_batch_rows, micro_batch_tokens
         self.skip_dead_rows = skip_dead_rows
         self.grad_clip = grad_clip
+        self.guard, self.world = guard or Guard(), world or World.single()
+        self.sharded = is_sharded(model)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def run(self, rollout: Rollout, generator: torch.Generator, clock: Clock, step: int = 0) -> dict[str, float]:
-        """All optimizer steps on one rollout; returns their metrics. Raises TrainingStopped on a loss that is not
-        finite, before the optimizer sees it. `generator` (CPU) deals the minibatches and the methods' random choices.
+        """All optimizer steps on one rollout; returns their metrics. `generator` (CPU) deals the minibatches and the
+        methods' random choices.
+
+        Raises TrainingStopped on a loss that is not finite, before the optimizer sees it; or, where the guard leaves
+        such minibatches out, when it left out too many in a row.
         """
         advantage = self.pipeline.advantage(rollout)
         totals = UpdateTotals()
@@ -155,7 +184,10 @@ class Updater:
                 if not bool(batch.mask.any()):
                     continue  # only responses that a filter masked, or empty ones: nothing to average over
                 self._minibatch(batch, part, totals, clock, step, generator)
-        return totals.metrics() | {"covariance": _covariance(rollout, advantage)}
+        if self.booking is not None:
+            self.booking.classes = self.world.sum_floats(self.booking.classes)
+            self.booking.methods = self.world.sum_floats(self.booking.methods)
+        return totals.over(self.world).metrics() | {"covariance": _covariance(rollout, advantage)}
 
     def _minibatch(
         self,
@@ -166,32 +198,69 @@ class Updater:
         step: int,
         generator: torch.Generator,
     ) -> None:
+        before = copy.deepcopy((totals, self.booking)) if self.guard.active else (None, None)
         with clock.part("loss"):
-            # zeros rather than None: a minibatch without live rows must still move by the optimizer's momentum
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            try:
-                loss = self.accumulate(batch, advantage, totals, generator)
-            except FloatingPointError as error:
-                raise TrainingStopped(f"step {step}: {error}. This minibatch was not applied. {REMEDY}") from error
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
-        if not (abs(loss) < float("inf") and norm < float("inf")):
-            raise TrainingStopped(
-                f"step {step}: loss is {loss}, gradient norm {norm}{self._first_bad(batch)}. This minibatch was not "
-                f"applied. {REMEDY}"
-            )
+            loss, norm, problem = self._gradient(batch, advantage, totals, generator)
+        reason = problem or self._reason(loss, norm, batch)
+        if reason is not None:
+            self._leave_out(reason, math.isfinite(loss) and math.isfinite(norm), before, totals, step)
+            return
         with clock.part("optimizer"):
             self.optimizer.step()
+        self.guard.applied(norm)
         totals.loss += loss
         totals.minibatches += 1
         if self.booking is not None:
             self.booking.minibatches += 1
         totals.grad_norms.append(norm)
 
+    def _gradient(
+        self, batch: Rollout, advantage: Tensor, totals: UpdateTotals, generator: torch.Generator
+    ) -> tuple[float, float, str | None]:
+        """Loss and clipped gradient over all processes, the norm before clipping, and what broke on one of them."""
+        # zeros rather than None: a minibatch without live rows must still move by the optimizer's momentum
+        for p in self.trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        loss, problem = 0.0, None
+        try:
+            loss = self.accumulate(batch, advantage, totals, generator)
+        except FloatingPointError as error:
+            problem = str(error)
+        parts = self.world.gather_objects((loss, problem))
+        problem = next((text for _, text in parts if text is not None), None)
+        if problem is not None:
+            return math.nan, math.nan, problem
+        if not self.sharded:
+            self.world.sum_gradients(self.trained)
+        norm = float(in_one_piece(torch.nn.utils.clip_grad_norm_(self.trained, self.grad_clip)))
+        return sum(part for part, _ in parts), self.world.broadcast_object(norm), None
+
+    def _reason(self, loss: float, norm: float, batch: Rollout) -> str | None:
+        """Why the minibatch cannot be applied, None where it can."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return self.guard.spike(norm)
+        where = "" if self.guard.skip_nonfinite else self._first_bad(batch)
+        return f"loss is {loss}, gradient norm {norm}{where}"
+
+    def _leave_out(self, reason: str, finite: bool, before: tuple[Any, Any], totals: UpdateTotals, step: int) -> None:
+        """Forget the minibatch, or stop the run."""
+        if not finite and not self.guard.skip_nonfinite:
+            raise TrainingStopped(f"step {step}: {reason}. This minibatch was not applied. {REMEDY}")
+        vars(totals).update(vars(before[0]))
+        if self.booking is not None:
+            vars(self.booking).update(vars(before[1]))
+        totals.skipped += 1
+        self.guard.skipped()
+        if self.guard.exhausted:
+            raise TrainingStopped(
+                f"step {step}: {self.guard.in_a_row} minibatches in a row were left out (optimizer.guard.stop_after); "
+                f"of the last one, {reason}. {REMEDY}"
+            )
+
     def _first_bad(self, batch: Rollout) -> str:
         """Where the trouble starts: a parameter, else the first response whose log-probs are not finite."""
         for name, p in self.model.named_parameters():
-            if not bool(torch.isfinite(p).all()):
+            if not bool(torch.isfinite(in_one_piece(p)).all()):
                 return f"; parameter '{name}' is not finite"
         logprob, _ = scored(self.model, batch, self.micro_batch_rows)
         bad = (~torch.isfinite(logprob)).any(1).nonzero().squeeze(1)
@@ -199,14 +268,14 @@ class Updater:
             row = int(bad[0])
             return f"; the policy's log-probs of row {row} (problem {int(batch.prompt_id[row])}) are not finite"
         for name, p in self.model.named_parameters():
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            if p.grad is not None and not bool(torch.isfinite(in_one_piece(p.grad)).all()):
                 return f"; the gradient of '{name}' is the first that is not finite"
         return ""
 
     def accumulate(
         self, batch: Rollout, advantage: Tensor, totals: UpdateTotals, generator: torch.Generator | None = None
     ) -> float:
-        """Add the minibatch's gradient to the parameters; returns its loss.
+        """Add the minibatch's gradient to the parameters; returns its loss. Of several processes each adds its share.
 
         The loss is a sum over tokens with weights made over the whole minibatch, so the split into micro-batches and
         the skipping of rows without gradient leave it unchanged. Without a `generator` random choices use seed 0.
@@ -216,30 +285,48 @@ class Updater:
         totals.weight_sum += float(whole.weight.sum())
         totals.rows += len(batch)
         total = 0.0
-        for rows in self._micro_batches(whole.rollout, whole.live_rows()):
-            total += self._backward(whole, rows, totals)
+        for rows in self.world.deal(self._micro_batches(whole.rollout, whole.live_rows())):
+            if rows is not None:
+                total += self._backward(whole, rows, totals)
+            elif self.sharded:
+                self._run_along(whole.rollout)
         return total
+
+    def _run_along(self, batch: Rollout) -> None:
+        """A pass of weight zero, for a process that has one micro-batch less: divided weights are brought together by
+        all processes or by none."""
+        row = batch.rows(batch.mask.any(1).nonzero()[0])
+        nothing = token_view(self.model, row, False).logprob.masked_fill(~row.mask, 0.0).sum() * 0.0
+        nothing.backward()  # type: ignore[no-untyped-call]
 
     def prepare(self, batch: Rollout, advantage: Tensor, generator: torch.Generator) -> Minibatch:
         """Everything that spans the minibatch: methods' choices, token weights, clip bounds, reduction weights."""
-        if self.pipeline.any("needs_current"):
-            current = scored(self.model, batch, self.micro_batch_rows)
-            batch = batch.with_statistics(**dict(zip(CURRENT, current, strict=True)))
+        batch = batch.with_statistics(**self._current(batch))
         batch = self.pipeline.prepare(batch, advantage, generator)
         reduction, constant = self.pipeline.reduction
         reductions: dict[Reduction | None, Tensor] = {None: reduction_weights(batch.mask, reduction, constant)}
         for name in self.pipeline.regularise_reductions:
             reductions[name] = reduction_weights(batch.mask, name, constant)
         lower, upper = self.pipeline.clip(batch, advantage)
-        weights = self.pipeline.weights(batch, advantage)
+        bounds = dict(zip(CLIP_BOUNDS, (lower.detach(), upper.detach()), strict=True))
+        weights = self.pipeline.weights(batch.with_statistics(**bounds), advantage)
         return Minibatch(batch, advantage, weights, reductions, lower, upper)
 
-    def _micro_batches(self, batch: Rollout, live: Tensor) -> Iterator[Tensor]:
+    def _current(self, batch: Rollout) -> dict[str, Tensor]:
+        """Statistics of the policy being updated, for methods that ask for them."""
+        moments = any(getattr(m, "needs_moments", False) for m in self.pipeline.methods)
+        if not moments and not self.pipeline.any("needs_current"):
+            return {}
+        names = [*CURRENT, *(MOMENTS if moments else ())]
+        fields = [name.removeprefix("current_") for name in names]
+        values = scored_fields(self.model, batch, fields, self.micro_batch_rows, self.micro_batch_tokens, self.world)
+        return dict(zip(names, values, strict=True))
+
+    def _micro_batches(self, batch: Rollout, live: Tensor) -> Sequence[Tensor]:
         skip = self.skip_dead_rows and not self.pipeline.keeps_every_row
         rows = live.nonzero().squeeze(1) if skip else batch.mask.any(1).nonzero().squeeze(1)
         by_length = rows[batch.lengths[rows].argsort(descending=True, stable=True)]
-        if len(by_length):
-            yield from torch.split(by_length, self.micro_batch_rows)
+        return passes(batch, by_length, self.micro_batch_rows, self.micro_batch_tokens)
 
     def _backward(self, whole: Minibatch, rows: Tensor, totals: UpdateTotals) -> float:
         micro = whole.rollout.rows(rows)
@@ -249,7 +336,8 @@ class Updater:
             return value[rows][:, :width]
 
         live = None if self.pipeline.keeps_every_row else part(whole.live_tokens())
-        view = token_view(self.model, micro, self.pipeline.any("needs_entropy"), self.booking is not None, live)
+        entropy, moments = self.pipeline.any("needs_entropy"), self.booking is not None
+        view = token_view(self.model, micro, entropy, moments, live, packed=self.micro_batch_tokens is not None)
         inputs = LossInputs(
             rollout=micro,
             logprob=view.logprob,

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from builders import byte_level_qwen2
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from rlvr_lab.cli import app
@@ -24,28 +24,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of width 32 over 256 bytes and three special tokens: what a transformers directory needs, no more."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    where = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet + special)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(special)
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
-    ).save_pretrained(where)
-    config = Qwen2Config(
-        vocab_size=264, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=258, pad_token_id=256,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen2ForCausalLM(config).save_pretrained(where)
-    return where
+    return byte_level_qwen2(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
