@@ -28,7 +28,7 @@ FLOORS = (
     {"methods"},
     {"rollout", "evaluate", "inference"},
     {"show"},
-    {"train"},
+    {"train", "plan"},
     {"integrations"},
     {"testing"},
     {"cli", "__main__", "__init__"},

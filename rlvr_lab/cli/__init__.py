@@ -8,9 +8,14 @@ import typer
 
 from .doctor import doctor
 from .evaluate import evaluate
+from .export import export
 from .methods import methods
+from .plan import plan
 from .pretrain import pretrain
+from .report import report
+from .serve import serve
 from .train import train
+from .watch import watch
 
 app = typer.Typer(
     name="rlvr-lab",
@@ -27,7 +32,7 @@ def _root() -> None:
     """Entropy in reinforcement learning with verifiable rewards: train, evaluate and watch."""
 
 
-for command in (train, evaluate, pretrain, methods, doctor):
+for command in (train, plan, export, evaluate, pretrain, methods, doctor, watch, report, serve):
     app.command()(command)
 
 

@@ -40,7 +40,7 @@ def _known_stop(error: Exception) -> str | None:
     """What to tell the user about a run that could not go on; None for anything unforeseen."""
     # by name, because importing torch here would slow down every --help
     kind = type(error).__name__
-    if kind in ("TrainingStopped", "FloatingPointError"):
+    if kind in ("TrainingStopped", "FloatingPointError", "RankLost"):
         return str(error)
     if kind == "OutOfMemoryError":
         return "the GPU's memory is full; lower rollout.rows, update.micro_batch_rows or rollout.max_tokens"
@@ -85,7 +85,7 @@ def cell(summary: dict[str, Any], name: str) -> str:
     value = summary.get(name)
     if value is None:
         return "-"
-    return f"{value:.1%}" if name.startswith(("pass@", "finished")) else f"{value:.3f}"
+    return f"{value:.1%}" if name.startswith(("pass@", "avg@", "maj@", "finished", "truncated")) else f"{value:.3f}"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

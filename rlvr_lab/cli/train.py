@@ -28,6 +28,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Transformers directory, `tiny/S`, `tiny/R` or hub name.")] = None,
     data: Annotated[Path | None, typer.Option(help="JSONL with question|problem|prompt and answer.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start although the planner finds too little memory.")] = False,
     settings: Annotated[bool, typer.Option("--settings", help="List all settings and recipes, then stop.")] = False,
 ) -> None:
     """Train a policy with reinforcement learning from verifiable rewards.
@@ -60,6 +61,7 @@ def train(
         recipe = next((w for w in words[:1] if "=" not in w), None)
         overrides = words[1:] if recipe else words
         config = _config(recipe, overrides, model, data, out if resume else None)
+        _check_memory(config, force)
         _report(_train(config, out, resume), config)
 
 
@@ -82,12 +84,28 @@ def _config(
     return load_config(recipe or "grpo/tiny", [*short, *overrides])
 
 
+def _check_memory(config: TrainConfig, force: bool) -> None:
+    """Refuse a run that will not fit before anything is loaded; see `rlvr-lab plan`."""
+    import os
+
+    from ..plan.gate import refuse_what_does_not_fit
+
+    main = os.environ.get("RANK", "0") == "0"
+    refuse_what_does_not_fit(
+        config,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        force=force,
+        say=lambda text: typer.echo(text, err=True) if main else None,
+    )
+
+
 def _train(config: TrainConfig, out: Path, resume: bool) -> RunResult:
     from ..train.console import for_terminal
     from ..train.loop import Trainer
 
     with polite_interrupt() as asked:
-        trainer = Trainer(config, out, resume=resume, console=for_terminal(), stop=asked)
+        console = for_terminal(config.logging.view, str(out))
+        trainer = Trainer(config, out, resume=resume, console=console, stop=asked)
         return trainer.run()
 
 
@@ -102,7 +120,7 @@ def _report(result: RunResult, config: TrainConfig) -> None:
             ["", "before", "after"],
             [[name, cell(result.first, name), cell(result.last, name)] for name in shown(result.last)],
         )
-    typer.echo(f"policy: {result.out / 'model'}   curves: tensorboard --logdir {result.out / 'tensorboard'}")
+    typer.echo(f"policy: {result.out / 'model'}   page of the run: rlvr-lab report {result.out}")
 
 
 def _print_settings() -> None:

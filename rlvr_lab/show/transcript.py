@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["TokenTranscript", "transcript_html"]
+__all__ = ["TokenTranscript", "transcript_html", "visible"]
 
 HIGH = math.log(2)
 """Default mark for a high-entropy token: as undecided as a fair coin between two tokens."""
@@ -75,7 +75,7 @@ class TokenTranscript:
 
     def _token(self, token: str, entropy: float, kind: str) -> str:
         info = f"{entropy:.2f} nats" + (f", {kind}" if kind else "")
-        shown = escape(_visible(token))
+        shown = escape(visible(token))
         if entropy >= self.high:
             shown = f'<span class="rlt-high">{shown}</span><sup>{entropy:.1f}</sup>'
         # A line break inside the token is drawn after its mark; otherwise the background would end in mid-air.
@@ -93,7 +93,7 @@ class TokenTranscript:
     def _table(self, rows: Sequence[tuple[str, float, str]]) -> str:
         head = "<th>Position</th><th>Token</th><th>Entropy (nats)</th>" + ("<th>Kind</th>" if self.kinds else "")
         body = "".join(
-            f"<tr><td>{i}</td><td><code>{escape(_visible(token))}</code></td><td>{entropy:.2f}</td>"
+            f"<tr><td>{i}</td><td><code>{escape(visible(token))}</code></td><td>{entropy:.2f}</td>"
             + (f"<td>{escape(kind)}</td>" if self.kinds else "")
             + "</tr>"
             for i, (token, entropy, kind) in enumerate(rows)
@@ -134,7 +134,7 @@ def _background(entropy: float) -> str:
     return f"background: rgba({_AMBER}, {opacity:.2f})"
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """Whitespace that would otherwise vanish: line breaks as an arrow, a token of blanks only as open boxes."""
     token = token.replace("\n", "↵")
     return token if token.strip() else token.replace(" ", "␣")

@@ -27,7 +27,10 @@ from ..errors import UserError
 from .doctor_record import Finding, History, show
 from .doctor_rules import RULES
 
-__all__ = ["Finding", "History", "Report", "diagnose", "examine", "page", "read_history", "render"]
+__all__ = [
+    "Finding", "History", "Report", "change", "diagnose", "examine", "extent", "page", "read_history", "render",
+    "verdict",
+]  # fmt: skip
 
 FEWEST = 6
 
@@ -175,7 +178,7 @@ def _explained(found: list[Finding]) -> list[Finding]:
 
 def render(report: Report) -> str:
     """The report for a terminal."""
-    lines = [f"{report.run}: {_extent(report)}", *(f"  {remark}" for remark in report.remarks), "", _verdict(report)]
+    lines = [f"{report.run}: {extent(report)}", *(f"  {remark}" for remark in report.remarks), "", verdict(report)]
     for i, finding in enumerate(report.findings, 1):
         lines += ["", f"{i}. {finding.severity.upper()}: {finding.title}  (likelihood {finding.likelihood:.2f})"]
         if finding.follows_from:
@@ -185,7 +188,7 @@ def render(report: Report) -> str:
         for item in finding.evidence:
             lines += textwrap.wrap(item, 108, initial_indent="     - ", subsequent_indent="       ")
         if finding.severity != "note":
-            lines += _wrapped("change", _change(finding))
+            lines += _wrapped("change", change(finding))
     if report.not_measured:
         lines += ["", "not measured:"]
         for item in report.not_measured:
@@ -193,7 +196,8 @@ def render(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _change(finding: Finding) -> str:
+def change(finding: Finding) -> str:
+    """The setting to change, its value, and what to do beside it."""
     advice = f"; {finding.advice}" if finding.advice else ""
     return f"{finding.setting}={finding.suggestion}{advice}"
 
@@ -202,14 +206,16 @@ def _wrapped(name: str, text: str) -> list[str]:
     return textwrap.wrap(f"{name}: {text}", 108, initial_indent="   ", subsequent_indent="     ")
 
 
-def _extent(report: Report) -> str:
+def extent(report: Report) -> str:
+    """First and last logged step, and how many are planned."""
     if report.steps is None:
         return "no step is logged"
     planned = f" of {report.planned} planned" if report.planned else ""
     return f"steps {report.steps[0]} to {report.steps[1]}{planned}"
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """The report in one line."""
     serious = [f for f in report.findings if f.severity != "note"]
     notes = len(report.findings) - len(serious)
     extra = f", {notes} note{'s' * (notes > 1)}" if notes else ""
@@ -239,8 +245,8 @@ def page(report: Report, history: History) -> str:
     told = "".join(f"<li>{escape(item)}</li>" for item in (*report.remarks, *report.not_measured))
     return _PAGE.format(
         title=escape(f"Doctor: {report.run}"),
-        extent=escape(_extent(report)),
-        verdict=escape(_verdict(report)),
+        extent=escape(extent(report)),
+        verdict=escape(verdict(report)),
         findings="\n".join(parts),
         remarks=f"<h2>Not measured, and remarks</h2><ul>{told}</ul>" if told else "",
         script=script,

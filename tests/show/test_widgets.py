@@ -170,3 +170,56 @@ def test_impossible_input_is_refused() -> None:
         widgets.PassAtK(samples=8, base=[9], trained=[1])
     with pytest.raises(ValueError, match="equal length"):
         widgets.PolicyGradientBandit(rewards=[1, 0], logits=[0.0])
+
+
+@needs_node
+def test_the_memory_calculator_has_the_planners_formulas(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from dataclasses import replace
+
+    from rlvr_lab.core.head import KEEP_BYTES
+    from rlvr_lab.plan.devices import device
+    from rlvr_lab.plan.job import job_of
+    from rlvr_lab.plan.memory import PLAIN_HEAD, memory
+    from rlvr_lab.plan.shapes import shape_of
+    from rlvr_lab.train.config import load_config
+
+    shape = shape_of("Qwen/Qwen2.5-1.5B")
+    sizes = {
+        "parameters": shape.parameters, "embedding": shape.embedding_parameters, "layer": shape.layer_parameters,
+        "vocabulary": shape.vocabulary, "hidden": shape.hidden, "feedForward": shape.feed_forward,
+        "layers": shape.layers, "heads": shape.heads, "queryWidth": shape.query_width, "kvWidth": shape.kv_width,
+    }  # fmt: skip
+    cases = [(tokens, again) for tokens in (1024, 65536) for again in (False, True)]
+    calls = [f"w.parts({json.dumps(sizes)}, 8, {t}, {json.dumps(again)}, true)" for t, again in cases]
+    plain = f"w.parts({json.dumps(sizes)}, 1, 4096, false, false)"
+    *tiled, full = node("memory_calculator", [*calls, plain], tmp_path)
+    config = load_config(None, ["model.path=Qwen/Qwen2.5-1.5B", "model.precision=bfloat16", "parallel.shard=fsdp2"])
+    assert 1024 * shape.vocabulary * 4 < KEEP_BYTES < 65536 * shape.vocabulary * 4  # both ways of the tiled head
+    for (tokens, again), got in zip(cases, tiled, strict=True):
+        job = replace(
+            job_of(config, device("H100"), 8, shape=shape),
+            prompt_tokens=0, max_tokens=tokens // 8, micro_rows=8, checkpointing=again, packed_tokens=None,
+        )  # fmt: skip
+        expected = {part.name: part.bytes.get("update", 0) for part in memory(job).parts}
+        head = expected.get("logits and head", expected.get("backward of a layer"))
+        names = ("weights", "gradients", "Adam moments", "gathered by FSDP2", "activations")
+        assert list(got.values()) == pytest.approx([*(expected[name] for name in names), head], rel=1e-6)
+    assert full["head"] == PLAIN_HEAD * 4096 * shape.vocabulary * 4
+    assert full["gathered"] == 0
+
+
+@needs_node
+def test_sharding_divides_what_it_says_it_divides(tmp_path: Path) -> None:
+    shape = "{parameters: 1e9, layers: 10, hidden: 100}"
+    calls = [f"w.perGpu({shape}, {n}, {s})" for n in (1, 4) for s in (0, 1, 2)]
+    sends = [f"w.sent({shape}, {n}, {s}, 3, 50)" for n in (1, 4) for s in (0, 1, 2)]
+    got = node("sharding_explorer", calls + sends, tmp_path)
+    whole = [4e9, 4e9, 8e9, 2e9]
+    assert got[0] == got[3] == whole  # data parallel divides nothing
+    assert got[1] == got[2] == whole  # one GPU holds everything, however it is called
+    assert got[4] == [1e9, 1e9, 2e9, 0.4e9]  # two layers of ten in bfloat16
+    assert got[5] == [1e9, 1e9, 2e9, 0.5e9]
+    assert got[6:9] == [0, 0, 0]
+    ring = 3 / 4
+    assert got[9:] == pytest.approx([2 * ring * 4e9, 3 * ring * 8e9, 3 * 10 * 4 * 2 * ring * 2 * 50 * 100])

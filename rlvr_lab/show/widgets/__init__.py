@@ -9,14 +9,24 @@ This package is the only one that imports anywidget: the rest of ``rlvr_lab`` mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
 
-__all__ = ["ClipForce", "PassAtK", "PolicyGradientBandit", "SurrogateForce", "TemperatureExplorer", "javascript"]
+__all__ = [
+    "ClipForce",
+    "MemoryCalculator",
+    "PassAtK",
+    "PolicyGradientBandit",
+    "RunReader",
+    "ShardingExplorer",
+    "SurrogateForce",
+    "TemperatureExplorer",
+    "javascript",
+]
 
 _HERE = Path(__file__).parent
 _CSS = (_HERE / "widgets.css").read_text(encoding="utf-8")
@@ -151,3 +161,85 @@ class SurrogateForce(_Widget):
         if ratio <= 0 or others <= 0 or sign not in (-1, 1) or tokens < 1:
             raise ValueError("ratio and others must be positive, sign must be -1 or 1, tokens at least 1")
         super().__init__(ratio=float(ratio), others=float(others), sign=sign, tokens=tokens, **kwargs)
+
+
+class MemoryCalculator(_Widget):
+    """One training step on one GPU: which part of its memory grows with the model, and which with the tokens?"""
+
+    _esm = javascript("memory_calculator")
+    _shown = ("chosen",)
+    models = traitlets.List(traitlets.Dict()).tag(sync=True)
+    chosen = traitlets.Int(0).tag(sync=True)
+
+    def __init__(self, models: Sequence[Mapping[str, Any]], *, chosen: int = 0, **kwargs: Any) -> None:
+        """``models``: name and sizes of each: parameters, embedding, layer (parameters of one), vocabulary, hidden,
+        feedForward, layers, heads, queryWidth, kvWidth."""
+        if not 0 <= chosen < len(models):
+            raise ValueError("chosen must be the place of a model in models")
+        super().__init__(models=[dict(m) for m in models], chosen=chosen, **kwargs)
+
+
+class RunReader(_Widget):
+    """A recorded run, step by step: which curve shows first that something is wrong, and what is it?"""
+
+    _esm = javascript("run_reader")
+    _shown = ("run", "step")
+    runs = traitlets.List().tag(sync=True)
+    run = traitlets.Int(0).tag(sync=True)
+    step = traitlets.Int(0).tag(sync=True)
+
+    def __init__(self, runs: Sequence[Mapping[str, Any]], *, run: int = 0, step: int = 0, **kwargs: Any) -> None:
+        """``runs``: each with ``name``, ``verdict`` (shown on request) and ``columns``, label to one value per step.
+
+        "token entropy" and "accuracy" must be among the columns; None is a value that was not measured.
+        """
+        told = []
+        for one in runs:
+            columns = {
+                str(label): [None if v is None else float(v) for v in vs] for label, vs in one["columns"].items()
+            }
+            lengths = {len(values) for values in columns.values()}
+            if len(lengths) != 1 or 0 in lengths or not {"token entropy", "accuracy"} <= set(columns):
+                raise ValueError("columns must be equally long, not empty, and have 'token entropy' and 'accuracy'")
+            # pairs keep their order, which a stored notebook's sorted keys would not
+            pairs = [[label, values] for label, values in columns.items()]
+            told.append({"name": one["name"], "verdict": one["verdict"], "steps": lengths.pop(), "columns": pairs})
+        if not 0 <= run < len(told) or not 0 <= step < told[run]["steps"]:
+            raise ValueError("run and step must name a recorded run and one of its steps")
+        super().__init__(runs=told, run=run, step=step, **kwargs)
+
+
+class ShardingExplorer(_Widget):
+    """One model on 1 to 64 GPUs: at which number does it fit, and what does each way of dividing it send?"""
+
+    _esm = javascript("sharding_explorer")
+    _shown = ("gpus", "split")
+    shape = traitlets.Dict().tag(sync=True)
+    memory = traitlets.Float(80.0).tag(sync=True)
+    passes = traitlets.Int(8).tag(sync=True)
+    tokens = traitlets.Int(16384).tag(sync=True)
+    gpus = traitlets.Int(1).tag(sync=True)
+    split = traitlets.Int(0).tag(sync=True)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        parameters: float,
+        layers: int,
+        hidden: int,
+        memory: float = 80.0,
+        passes: int = 8,
+        tokens: int = 16384,
+        gpus: int = 1,
+        split: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """``memory`` of one GPU in GiB; ``passes`` micro-batches of ``tokens`` tokens per GPU and optimizer step;
+        ``split``: 0 data parallel, 1 FSDP2, 2 tensor parallel; ``gpus`` a power of two up to 64."""
+        if gpus not in (1, 2, 4, 8, 16, 32, 64) or split not in (0, 1, 2):
+            raise ValueError("gpus must be a power of two up to 64, split 0, 1 or 2")
+        shape = {"name": name, "parameters": float(parameters), "layers": layers, "hidden": hidden}
+        super().__init__(
+            shape=shape, memory=float(memory), passes=passes, tokens=tokens, gpus=gpus, split=split, **kwargs
+        )
