@@ -39,6 +39,7 @@ _BASELINES = "2_measuring/baselines"
 
 
 def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: str | None = None) -> Entry:
+    recipe = recipe or f"{slug}/math"
     return Entry(slug, title, arxiv, "baselines", stage, f"methods.{slug}", cls, _BASELINES, recipe, _TESTED)
 
 
@@ -57,7 +58,7 @@ _ENTRIES = (
         "methods.grpo",
         "GRPO",
         _FIRST,
-        "grpo/tiny",
+        "grpo/deepseekmath",
         _TESTED,
     ),
     _baseline("dr_grpo", "GRPO done right (no std, constant length)", "2503.20783", "advantage, reduction", "DrGRPO"),
@@ -69,13 +70,15 @@ _ENTRIES = (
     _baseline("gpg", "Group Policy Gradient", "2504.02546", "surrogate, reduction", "GPG"),
     _baseline("sapo", "Soft Adaptive Policy Optimization", "2511.20347", "surrogate, reduction", "SAPO"),
     _baseline("gmpo", "Geometric-Mean Policy Optimization", "2507.20673", "clip, surrogate, reduction", "GMPO"),
-    _baseline("clip_higher", "Asymmetric clip range (DAPO)", "2503.14476", "clip", "ClipHigher"),
+    _baseline("clip_higher", "Asymmetric clip range (DAPO)", "2503.14476", "clip", "ClipHigher", "dapo/math"),
     _baseline("dynamic_sampling", "Dynamic sampling (DAPO)", "2503.14476", "filter", "DynamicSampling", "dapo/math"),
-    _baseline("overlong", "Overlong shaping and filtering (DAPO)", "2503.14476", "reward, filter", "Overlong"),
-    _baseline("kl_reference", "KL penalty to a reference policy", "2402.03300", "regulariser", "KLReference"),
+    _baseline("overlong", "Overlong shaping and filtering (DAPO)", "2503.14476", "reward, filter", "Overlong",
+              "dapo/math"),
+    _baseline("kl_reference", "KL penalty to a reference policy", "2402.03300", "regulariser", "KLReference",
+              "grpo/deepseekmath"),
     _baseline("entropy_bonus", "Entropy bonus", "1602.01783", "regulariser", "EntropyBonus"),
     _baseline("adaptive_entropy", "Adaptive entropy coefficient (Skywork-OR1)", "2505.22312", "regulariser",
-              "AdaptiveEntropy"),
+              "AdaptiveEntropy", "adaptive_entropy/skywork_or1"),
     _baseline("truncated_importance_sampling", "Truncated importance sampling", "2510.13786", "weight",
               "TruncatedImportanceSampling"),
     Entry("clip_cov", "Clip-Cov (the entropy mechanism)", "2505.22617", "entropy_mechanism", "weight, clip, surrogate",
@@ -83,7 +86,8 @@ _ENTRIES = (
     Entry("kl_cov", "KL-Cov (the entropy mechanism)", "2505.22617", "entropy_mechanism", "surrogate",
           "methods.entropy_mechanism", "KLCov", "2_measuring/entropy_law", "entropy_mechanism/kl_cov", _TESTED),
     Entry("spurious_rewards", "Spurious rewards and clipping bias", "2512.16912", "spurious_rewards", "reward",
-          "methods.spurious_rewards", "SpuriousRewards", "2_measuring/spurious_rewards", None, _TESTED),
+          "methods.spurious_rewards", "SpuriousRewards", "2_measuring/spurious_rewards", "spurious_rewards/math",
+          _TESTED),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip

@@ -60,7 +60,7 @@ class AdaptiveEntropy(Method):
     """Places a `regularise` term and an `observe` that moves its coefficient; without lag a `filter` that looks."""
 
     slug: ClassVar[str] = "adaptive_entropy"
-    requires: ClassVar[tuple[str, ...]] = ("token_entropy",)
+    requires: tuple[str, ...] = ("token_entropy",)
     needs_entropy: ClassVar[bool] = True
     config_class: ClassVar[type[AdaptiveEntropyConfig]] = AdaptiveEntropyConfig
     presets: ClassVar[Mapping[str, AdaptiveEntropyConfig]] = {

@@ -114,7 +114,7 @@ class ArbitraryEntropy(Method):
     """Owns `sample` and `advantage`; `filter` measures the entropy and, in mode replace, exchanges rows."""
 
     slug: ClassVar[str] = "arbitrary_entropy"
-    requires: ClassVar[tuple[str, ...]] = ("reward", "correct", "old_logprob", "token_entropy")
+    requires: tuple[str, ...] = ("reward", "correct", "old_logprob", "token_entropy")
     config_class: ClassVar[type[ArbitraryEntropyConfig]] = ArbitraryEntropyConfig
     presets: ClassVar[Mapping[str, ArbitraryEntropyConfig]] = {
         "paper": ArbitraryEntropyConfig(),

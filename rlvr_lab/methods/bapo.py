@@ -130,7 +130,7 @@ class BAPO(Method):
     """Owns `clip`, by a search over the minibatch, and the `surrogate` with its dual clip."""
 
     slug: ClassVar[str] = "bapo"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     needs_current: ClassVar[bool] = True
     config_class: ClassVar[type[BAPOConfig]] = BAPOConfig
     presets: ClassVar[Mapping[str, BAPOConfig]] = {

@@ -89,7 +89,7 @@ class Method:
     """Base of all methods. `slug` names module, settings and checkpoint entry."""
 
     slug: ClassVar[str]
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: tuple[str, ...] = ()
     """Rollout fields and statistics that must be there before the first update."""
     is_base: ClassVar[bool] = False
     """True for a method whose exclusive hooks others may take over."""
@@ -103,13 +103,18 @@ class Method:
     """True where a response of zero advantage has a gradient all the same, such as through a term in the surrogate."""
     replaces_reward: ClassVar[bool] = False
     """True where the method's reward stands in place of the task's, instead of being added to it."""
-    refill: ClassVar[int] = 0
+    refill: int = 0
     """Most generation batches that may be drawn to replace the rows which `filter` dropped; 0 draws none."""
     reduction: Reduction | None = None
     """Reduction of the loss. Owned like an exclusive hook; None leaves it to the base."""
     reduction_constant: float | None = None
     regularise_reduction: Reduction | None = None
     """Reduction of the method's `regularise` term; None takes the surrogate's."""
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Largest weight from sampler to policy, where the method corrects for their difference; None where not."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """State that a checkpoint must hold: numbers, strings, lists and tensors only."""
@@ -170,6 +175,11 @@ class Pipeline:
     def refill(self) -> int:
         """Most generation batches of a step; 0 where one batch is all."""
         return max(m.refill for m in self.methods)
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The cap of the method that corrects for the sampler; None where none does."""
+        return next((m.importance_cap for m in self.methods if m.importance_cap is not None), None)
 
     @property
     def keeps_every_row(self) -> bool:

@@ -66,7 +66,7 @@ class CISPO(Method):
     """Owner of `clip`, `surrogate` and the reduction."""
 
     slug: ClassVar[str] = "cispo"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     config_class: ClassVar[type[CISPOConfig]] = CISPOConfig
     presets: ClassVar[Mapping[str, CISPOConfig]] = {
         "paper": CISPOConfig(),

@@ -49,7 +49,7 @@ class DrGRPO(Method):
     """Owner of `advantage` and of the reduction."""
 
     slug: ClassVar[str] = "dr_grpo"
-    requires: ClassVar[tuple[str, ...]] = ("reward",)
+    requires: tuple[str, ...] = ("reward",)
     config_class: ClassVar[type[DrGRPOConfig]] = DrGRPOConfig
     presets: ClassVar[Mapping[str, DrGRPOConfig]] = {
         "paper": DrGRPOConfig(),

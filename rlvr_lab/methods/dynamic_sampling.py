@@ -41,8 +41,8 @@ class DynamicSampling(Method):
     """Places a `filter` with refill."""
 
     slug: ClassVar[str] = "dynamic_sampling"
-    requires: ClassVar[tuple[str, ...]] = ("correct",)
-    refill: ClassVar[int] = 10
+    requires: tuple[str, ...] = ("correct",)
+    refill: int = 10
     config_class: ClassVar[type[DynamicSamplingConfig]] = DynamicSamplingConfig
     presets: ClassVar[Mapping[str, DynamicSamplingConfig]] = {
         "paper": DynamicSamplingConfig(),
@@ -51,8 +51,8 @@ class DynamicSampling(Method):
 
     def __init__(self, config: DynamicSamplingConfig | None = None) -> None:
         self.config = config or DynamicSamplingConfig()
-        self.requires = (self.config.metric,)  # type: ignore[misc]
-        self.refill = self.config.max_batches  # type: ignore[misc]
+        self.requires = (self.config.metric,)
+        self.refill = self.config.max_batches
 
     def filter(self, rollout: Rollout) -> Rollout:
         """Only the rows of informative groups; possibly none."""

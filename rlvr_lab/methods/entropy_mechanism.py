@@ -198,7 +198,7 @@ class ClipCov(Method):
     """Selects in `prepare`, takes tokens out by `weight`; owns `clip` and `surrogate` (which has no dual clip)."""
 
     slug: ClassVar[str] = "clip_cov"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     needs_current: ClassVar[bool] = True
     config_class: ClassVar[type[ClipCovConfig]] = ClipCovConfig
     presets: ClassVar[Mapping[str, ClipCovConfig]] = {
@@ -251,7 +251,7 @@ class KLCov(Method):
     """Selects in `prepare`; owns the `surrogate`, which ignores the bounds of whoever owns `clip`."""
 
     slug: ClassVar[str] = "kl_cov"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     needs_current: ClassVar[bool] = True
     learns_without_advantage: ClassVar[bool] = True
     config_class: ClassVar[type[KLCovConfig]] = KLCovConfig

@@ -44,7 +44,7 @@ class GMPO(Method):
     """Owner of `clip`, `surrogate` and the reduction, which the definition fixes."""
 
     slug: ClassVar[str] = "gmpo"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     config_class: ClassVar[type[GMPOConfig]] = GMPOConfig
     presets: ClassVar[Mapping[str, GMPOConfig]] = {
         "paper": GMPOConfig(),

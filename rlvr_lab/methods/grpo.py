@@ -67,7 +67,7 @@ class GRPO(Method):
 
     slug: ClassVar[str] = "grpo"
     is_base: ClassVar[bool] = True
-    requires: ClassVar[tuple[str, ...]] = ("reward", "old_logprob")
+    requires: tuple[str, ...] = ("reward", "old_logprob")
     config_class: ClassVar[type[GRPOConfig]] = GRPOConfig
     presets: ClassVar[Mapping[str, GRPOConfig]] = {
         "paper": GRPOConfig(reduction="sequence_mean_of_token_mean"),

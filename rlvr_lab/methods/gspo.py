@@ -45,7 +45,7 @@ class GSPO(Method):
     """Owner of `clip`, `surrogate` and the reduction, which the definition fixes."""
 
     slug: ClassVar[str] = "gspo"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     config_class: ClassVar[type[GSPOConfig]] = GSPOConfig
     presets: ClassVar[Mapping[str, GSPOConfig]] = {"paper": GSPOConfig(), "released": GSPOConfig(log_limit=10.0)}
     reduction: Reduction | None = "sequence_mean_of_token_mean"

@@ -153,7 +153,7 @@ class HAPO(Method):
     """Owns `clip`, `surrogate` and the reduction, with part B also `advantage`; part C is a `weight`."""
 
     slug: ClassVar[str] = "hapo"
-    requires: ClassVar[tuple[str, ...]] = ("reward", "old_logprob", "token_entropy")
+    requires: tuple[str, ...] = ("reward", "old_logprob", "token_entropy")
     needs_current: ClassVar[bool] = True
     config_class: ClassVar[type[HAPOConfig]] = HAPOConfig
     presets: ClassVar[Mapping[str, HAPOConfig]] = {

@@ -46,7 +46,7 @@ class KLReference(Method):
     """Places a `regularise` term."""
 
     slug: ClassVar[str] = "kl_reference"
-    requires: ClassVar[tuple[str, ...]] = ("ref_logprob",)
+    requires: tuple[str, ...] = ("ref_logprob",)
     config_class: ClassVar[type[KLReferenceConfig]] = KLReferenceConfig
     presets: ClassVar[Mapping[str, KLReferenceConfig]] = {
         "paper": KLReferenceConfig(),

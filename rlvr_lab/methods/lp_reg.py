@@ -109,7 +109,7 @@ class LpReg(Method):
     """Selects in `prepare`; owns `clip`, `surrogate` and the reduction."""
 
     slug: ClassVar[str] = "lp_reg"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     needs_current: ClassVar[bool] = True
     config_class: ClassVar[type[LpRegConfig]] = LpRegConfig
     presets: ClassVar[Mapping[str, LpRegConfig]] = {

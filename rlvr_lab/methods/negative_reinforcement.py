@@ -91,7 +91,7 @@ class NegativeReinforcement(Method):
     """Owns `advantage`, `clip`, `surrogate` and the reduction; `filter` drops responses where `normalise` is kept."""
 
     slug: ClassVar[str] = "negative_reinforcement"
-    requires: ClassVar[tuple[str, ...]] = ("correct", "old_logprob")
+    requires: tuple[str, ...] = ("correct", "old_logprob")
     config_class: ClassVar[type[NegativeReinforcementConfig]] = NegativeReinforcementConfig
     presets: ClassVar[Mapping[str, NegativeReinforcementConfig]] = {
         "paper": NegativeReinforcementConfig(),

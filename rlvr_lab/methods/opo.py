@@ -38,7 +38,7 @@ class OPO(Method):
     """Owner of `advantage`."""
 
     slug: ClassVar[str] = "opo"
-    requires: ClassVar[tuple[str, ...]] = ("reward",)
+    requires: tuple[str, ...] = ("reward",)
     config_class: ClassVar[type[OPOConfig]] = OPOConfig
     presets: ClassVar[Mapping[str, OPOConfig]] = {"paper": OPOConfig(), "released": OPOConfig("raw")}
 

@@ -68,7 +68,7 @@ class ReinforcePlusPlus(Method):
     """Owner of `advantage`."""
 
     slug: ClassVar[str] = "reinforce_plus_plus"
-    requires: ClassVar[tuple[str, ...]] = ("reward",)
+    requires: tuple[str, ...] = ("reward",)
     config_class: ClassVar[type[ReinforcePlusPlusConfig]] = ReinforcePlusPlusConfig
     presets: ClassVar[Mapping[str, ReinforcePlusPlusConfig]] = {
         "paper": ReinforcePlusPlusConfig(weigh="response"),
@@ -80,7 +80,7 @@ class ReinforcePlusPlus(Method):
         self.config = config or ReinforcePlusPlusConfig()
         if self.config.kl_penalty:
             # only then does the loop have to keep a reference policy
-            self.requires = ("reward", "old_logprob", "ref_logprob")  # type: ignore[misc]
+            self.requires = ("reward", "old_logprob", "ref_logprob")
 
     def advantage(self, rollout: Rollout) -> Tensor:
         """Whitened returns [B, T]."""

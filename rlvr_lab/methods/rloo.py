@@ -39,7 +39,7 @@ class RLOO(Method):
     """Owner of `advantage`."""
 
     slug: ClassVar[str] = "rloo"
-    requires: ClassVar[tuple[str, ...]] = ("reward",)
+    requires: tuple[str, ...] = ("reward",)
     config_class: ClassVar[type[RLOOConfig]] = RLOOConfig
     presets: ClassVar[Mapping[str, RLOOConfig]] = {"paper": RLOOConfig(), "released": RLOOConfig("raw")}
 

@@ -39,7 +39,7 @@ class SAPO(Method):
     """Owner of `surrogate` and the reduction. Clip bounds have no effect."""
 
     slug: ClassVar[str] = "sapo"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     config_class: ClassVar[type[SAPOConfig]] = SAPOConfig
     presets: ClassVar[Mapping[str, SAPOConfig]] = {"paper": SAPOConfig(), "released": SAPOConfig()}
 

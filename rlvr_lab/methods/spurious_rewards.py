@@ -227,7 +227,7 @@ class SpuriousRewards(Method):
     """Replaces the task's reward by a rule; the advantage and the loss stay the base method's."""
 
     slug: ClassVar[str] = "spurious_rewards"
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: tuple[str, ...] = ()
     replaces_reward: ClassVar[bool] = True
     config_class: ClassVar[type[SpuriousRewardsConfig]] = SpuriousRewardsConfig
     presets: ClassVar[Mapping[str, SpuriousRewardsConfig]] = {

@@ -100,7 +100,7 @@ class Steer(Method):
     """A token `weight`; `prepare` draws the numbers of the shuffled control."""
 
     slug: ClassVar[str] = "steer"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob", "token_entropy")
+    requires: tuple[str, ...] = ("old_logprob", "token_entropy")
     needs_current: ClassVar[bool] = True
     config_class: ClassVar[type[SteerConfig]] = SteerConfig
     presets: ClassVar[Mapping[str, SteerConfig]] = {

@@ -39,7 +39,7 @@ class TruncatedImportanceSampling(Method):
     """Places a `weight`."""
 
     slug: ClassVar[str] = "truncated_importance_sampling"
-    requires: ClassVar[tuple[str, ...]] = ("old_logprob",)
+    requires: tuple[str, ...] = ("old_logprob",)
     config_class: ClassVar[type[TruncatedImportanceSamplingConfig]] = TruncatedImportanceSamplingConfig
     presets: ClassVar[Mapping[str, TruncatedImportanceSamplingConfig]] = {
         "paper": TruncatedImportanceSamplingConfig(),
@@ -49,6 +49,11 @@ class TruncatedImportanceSampling(Method):
 
     def __init__(self, config: TruncatedImportanceSamplingConfig | None = None) -> None:
         self.config = config or TruncatedImportanceSamplingConfig()
+
+    @property
+    def importance_cap(self) -> float:
+        """Largest weight."""
+        return self.config.cap
 
     def weight(self, rollout: Rollout, advantage_BT: Tensor) -> Tensor:
         """Weights [B, T]."""
