@@ -1,7 +1,8 @@
 """Read mathematical problems from a JSONL file: one object per line, a question and its reference answer.
 
 The file is data from strangers. It is read line by line with a bounded line length, so a file of one endless line costs
-no memory, and a broken line is reported with its place and skipped until there are too many of them.
+no memory, and a broken line is reported with its place and skipped until there are too many of them. `collect` does the
+counting and `question_of`, `answer_of`, `text_of` the checks; `benchmarks` uses them for rows that come from elsewhere.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ..errors import UserError, nearest
 from .math_answer import Limits
@@ -26,6 +27,7 @@ MAX_LINE_BYTES = 1_000_000
 
 _THOUSANDS = re.compile(r"[-+]?[$€£]?[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _log = logging.getLogger(__name__)
+P = TypeVar("P", bound="MathProblem")
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,17 @@ class MathProblem:
         return f"{self.id}: {self.question} -> {self.answer}"
 
 
-class _BadLine(ValueError):
-    """One line cannot be used; the message says why."""
+class BadRow(ValueError):
+    """One line or row cannot be used; the message says why."""
 
 
 def load_jsonl(
-    path: Path, *, limit: int | None = None, max_bad_lines: int = 20, report: Callable[[str], None] = _log.warning
+    path: Path,
+    *,
+    limit: int | None = None,
+    max_bad_lines: int = 20,
+    report: Callable[[str], None] = _log.warning,
+    setting: str = "data.max_bad_lines",
 ) -> list[MathProblem]:
     """Problems of `path` in file order, the first `limit` of them.
 
@@ -54,37 +61,64 @@ def load_jsonl(
     `max_bad_lines + 1` of that kind raises. GSM8K's worked answers are cut to what follows `####`.
     Raises UserError where the file is missing, unreadable, not UTF-8, or holds no usable line.
     """
+    path = Path(path)
+    names: set[str] = set()
+
+    def reader(number: int, line: bytes | None) -> Callable[[], MathProblem]:
+        return lambda: _problem(path, number, line, names)
+
+    rows = ((f"{path}:{number}", reader(number, line)) for number, line in lines_of(path))
+    return collect(rows, str(path), limit=limit, max_bad=max_bad_lines, report=report, setting=setting)
+
+
+def collect(
+    rows: Iterable[tuple[str, Callable[[], P]]],
+    source: str,
+    *,
+    limit: int | None,
+    max_bad: int,
+    report: Callable[[str], None],
+    unit: str = "line",
+    setting: str = "data.max_bad_lines",
+) -> list[P]:
+    """The usable ones of `rows`, each a place and a function that reads it or raises BadRow; the first `limit`.
+
+    A broken row goes to `report` as `place: reason` and is skipped; number `max_bad + 1` raises. `unit` and `setting`
+    are for the messages. Raises UserError for too many broken rows, for none that can be used, for a limit below 1.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"data.limit must be at least 1, not {limit}")
-    path = Path(path)
-    found: list[MathProblem] = []
-    names: set[str] = set()
+    found: list[P] = []
     bad = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in _lines(file):
-                try:
-                    found.append(_problem(path, number, line, names))
-                except _BadLine as error:
-                    bad += 1
-                    _count(f"{path}:{number}: {error}", bad, max_bad_lines, report)
-                if len(found) == limit:
-                    break
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    for place, read in rows:
+        try:
+            found.append(read())
+        except BadRow as error:
+            bad += 1
+            message = f"{place}: {error}"
+            if bad > max_bad:
+                raise UserError(
+                    f"{message}; that is broken {unit} number {bad}: mend the data or raise {setting} (now {max_bad})"
+                ) from None
+            report(message)
+        if len(found) == limit:
+            break
     if not found:
-        what = "no usable line" if bad else "the file is empty"
-        raise UserError(f"{path}: {what}; expected one JSON object per line")
+        what = f"no usable {unit}" if bad else f"{'the file' if unit == 'line' else 'the data set'} is empty"
+        raise UserError(f"{source}: {what}" + ("; expected one JSON object per line" if unit == "line" else ""))
     return found
 
 
-def _count(message: str, bad: int, max_bad_lines: int, report: Callable[[str], None]) -> None:
-    if bad > max_bad_lines:
-        raise UserError(
-            f"{message}; that is broken line number {bad}: "
-            f"mend the file or raise data.max_bad_lines (now {max_bad_lines})"
-        )
-    report(message)
+def lines_of(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines that are not blank; `None` stands for one above MAX_LINE_BYTES, which is never held whole.
+
+    Raises UserError where the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from _lines(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -101,20 +135,27 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _problem(path: Path, number: int, line: bytes | None, names: set[str]) -> MathProblem:
-    if line is None:
-        raise _BadLine(f"longer than {MAX_LINE_BYTES} bytes")
-    row = _object(path, number, line)
-    question = _question(row)
-    answer = _answer(row)
-    # Two lines with one id would merge into one group of responses, so the second is named by its line.
-    name = next((str(row[k]) for k in ID_KEYS if isinstance(row.get(k), str | int)), "")
+    row = object_of(path, number, line)
+    question, answer = question_of(row), answer_of(row)
+    return MathProblem(question, answer, number, name_of(row, names, f"{path.stem}:{number}"))
+
+
+def name_of(row: Mapping[str, object], names: set[str], otherwise: str, keys: tuple[str, ...] = ID_KEYS) -> str:
+    """A name that is not yet in `names`, and now is: the row's own, else `otherwise`.
+
+    Two rows with one id would merge into one group of responses, so the second takes `otherwise`.
+    """
+    name = next((str(row[k]) for k in keys if isinstance(row.get(k), str | int)), "")
     if not name or name in names:
-        name = f"{path.stem}:{number}"
+        name = otherwise
     names.add(name)
-    return MathProblem(question, answer, number, name)
+    return name
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, object]:
+def object_of(path: Path, number: int, line: bytes | None) -> dict[str, object]:
+    """The JSON object on a line of `lines_of`. Raises BadRow, and UserError for what is not UTF-8."""
+    if line is None:
+        raise BadRow(f"longer than {MAX_LINE_BYTES} bytes")
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -122,61 +163,65 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, object]:
     try:
         row = json.loads(text)
     except RecursionError as error:
-        raise _BadLine("nested too deeply") from error
+        raise BadRow("nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise _BadLine(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:  # an integer beyond Python's digit limit
-        raise _BadLine("not JSON that can be read: a number with too many digits") from error
+        raise BadRow("not JSON that can be read: a number with too many digits") from error
     if not isinstance(row, dict):
-        raise _BadLine(f"a JSON {_kind(row)}, not an object")
+        raise BadRow(f"a JSON {kind_of(row)}, not an object")
     return row
 
 
-def _question(row: dict[str, object]) -> str:
-    present = [k for k in QUESTION_KEYS if k in row]
+def question_of(row: Mapping[str, object], keys: tuple[str, ...] = QUESTION_KEYS) -> str:
+    """The first of `keys` that holds text. Raises BadRow."""
+    present = [k for k in keys if k in row]
     if not present:
-        raise _BadLine(_missing("question", QUESTION_KEYS, row))
+        raise BadRow(_missing("question", keys, row))
     value = next((row[k] for k in present if isinstance(row[k], str) and str(row[k]).strip()), row[present[0]])
-    return _text(present[0], value)
+    return text_of(present[0], value)
 
 
-def _answer(row: dict[str, object]) -> str:
-    if ANSWER_KEY not in row:
-        raise _BadLine(_missing("answer", (ANSWER_KEY,), row))
-    value = row[ANSWER_KEY]
+def answer_of(row: Mapping[str, object], keys: tuple[str, ...] = (ANSWER_KEY,)) -> str:
+    """The final answer as text: a number plainly written, a worked answer cut to what follows `####`. Raises BadRow."""
+    key = next((k for k in keys if k in row), None)
+    if key is None:
+        raise BadRow(_missing("answer", keys, row))
+    value = row[key]
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = _plain_number(value)
-    answer = _text(ANSWER_KEY, value)
+    answer = text_of(key, value)
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1].strip()
         answer = answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
     if not answer:
-        raise _BadLine("answer is empty after '####'")
+        raise BadRow("answer is empty after '####'")
     if len(answer) > Limits().answer_characters:
-        raise _BadLine(f"answer longer than {Limits().answer_characters} characters, which no grader accepts")
+        raise BadRow(f"answer longer than {Limits().answer_characters} characters, which no grader accepts")
     return answer
 
 
 def _plain_number(value: int | float) -> str:
     """27.0 -> '27', 0.5 -> '0.5', 1e-7 -> '0.0000001'."""
     if not math.isfinite(value):
-        raise _BadLine(f"answer is not a finite number: {value}")
+        raise BadRow(f"answer is not a finite number: {value}")
     return str(int(value)) if value == int(value) else format(Decimal(repr(value)), "f")
 
 
-def _text(key: str, value: object) -> str:
+def text_of(key: str, value: object) -> str:
+    """`value` where it is text that is not blank, stripped. Raises BadRow."""
     if not isinstance(value, str):
-        raise _BadLine(f"{key} is {_kind(value)}, not text")
+        raise BadRow(f"{key} is {kind_of(value)}, not text")
     if not value.strip():
-        raise _BadLine(f"{key} is empty")
+        raise BadRow(f"{key} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell it, tokenizers cannot take it
-        raise _BadLine(f"{key} holds half of a surrogate pair") from error
+        raise BadRow(f"{key} holds half of a surrogate pair") from error
     return value.strip()
 
 
-def _missing(what: str, accepted: tuple[str, ...], row: dict[str, object]) -> str:
+def _missing(what: str, accepted: tuple[str, ...], row: Mapping[str, object]) -> str:
     keys = [k[:40] for k in list(row)[:8]]
     more = ", ..." if len(row) > len(keys) else ""
     found = ", ".join(map(repr, keys)) + more if keys else "none"
@@ -185,6 +230,7 @@ def _missing(what: str, accepted: tuple[str, ...], row: dict[str, object]) -> st
     return f"no {what} key; accepted: {', '.join(accepted)}; found: {found}{hint}"
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """JSON's name for the type of a value."""
     names = {dict: "object", list: "array", bool: "boolean", type(None): "null", str: "string"}
     return names.get(type(value), "number")
