@@ -1,0 +1,1 @@
+"""Our methods on other training engines: TRL and verl."""
