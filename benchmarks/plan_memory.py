@@ -175,6 +175,16 @@ def phases_recorded(spans: list[tuple[str, int, int]]) -> Iterator[None]:
         Clock.part = original  # type: ignore[method-assign]
 
 
+def memory_events(tree: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and bytes of every allocation; bytes are negative for a release."""
+    waiting = list(tree)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+
+
 def measured_cpu(work: Callable[[], object]) -> Settings:
     """Peak of live tensor bytes while `work` runs, whole and by phase."""
     spans: list[tuple[str, int, int]] = []
@@ -182,12 +192,16 @@ def measured_cpu(work: Callable[[], object]) -> Settings:
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         with profiler:
             work()
-    events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live, peak = 0, 0
+    held: dict[int, int] = {}
     by_phase = dict.fromkeys(PHASES, 0)
-    for moment, size in changes:
-        live += size
+    changes = sorted(memory_events(profiler.profiler.kineto_results.experimental_event_tree()))  # type: ignore[union-attr]
+    for moment, address, size in changes:
+        # an address that is given out again was freed, maybe in a thread of gloo's that the profiler does not follow
+        live -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+            live += size
         peak = max(peak, live)
         for phase, start, end in spans:
             if start <= moment <= end and phase in by_phase:

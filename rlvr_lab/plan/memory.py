@@ -126,10 +126,14 @@ def _gathered(job: Job) -> Part | None:
     if not job.sharded:
         return None
     s = job.shape
+    largest = max(s.embedding_parameters, s.layer_parameters)
     whole = s.embedding_parameters + 2 * s.layer_parameters
-    size = whole * job.computed
-    formula = f"(embeddings + 2 layers = {whole:,}) x {job.computed} B; in the backward pass also their gradients"
-    return Part("gathered by FSDP2", formula, {"score": size, "update": 2 * size})
+    weights = (whole + largest) * job.computed
+    formula = (
+        f"(embeddings + 2 layers + the largest of them once more on its way = {whole + largest:,}) x {job.computed} B; "
+        f"in the backward pass also gradients of {whole:,}"
+    )
+    return Part("gathered by FSDP2", formula, {"score": weights, "update": weights + whole * job.computed})
 
 
 # -- rollout ----------------------------------------------------------------------------------------------------------
@@ -256,6 +260,10 @@ def head_bytes(job: Job) -> tuple[int, str]:
     tiles = rows * columns * (FLOAT + job.operand) if logits > KEEP_BYTES else rows * columns * job.operand
     matrix = 0 if job.lora_rank else s.vocabulary * s.hidden * job.weight_bytes
     gradients = tokens * s.hidden * (FLOAT + job.operand) + matrix
+    # weights of another type than the operands are cast by the tile, and 16-bit sums are made in float32
+    casts = columns * s.hidden * ((job.operand if job.operand != job.weight_bytes else 0)
+                                  + (FLOAT if job.weight_bytes < FLOAT else 0))  # fmt: skip
+    gradients += casts
     text = (
         f"min({tokens:,} tokens x V {s.vocabulary:,} x 4 B, {KEEP_BYTES / GIB:g} GiB) kept"
         f" + tiles {rows} x {columns} + dH + dW {matrix / 2**20:,.0f} MiB"
