@@ -122,7 +122,7 @@ def _copies(job: Job) -> Iterator[Part]:
 
 
 def _gathered(job: Job) -> Part | None:
-    """FSDP2 holds the root group (embeddings, head) and two layers whole while they compute, and their gradients."""
+    """FSDP2 holds the root group (embeddings, head) and two layers whole while they compute."""
     if not job.sharded:
         return None
     s = job.shape
@@ -131,9 +131,10 @@ def _gathered(job: Job) -> Part | None:
     weights = (whole + largest) * job.computed
     formula = (
         f"(embeddings + 2 layers + the largest of them once more on its way = {whole + largest:,}) x {job.computed} B; "
-        f"in the backward pass also gradients of {whole:,}"
+        f"in the backward pass also a layer's gradients, and their sum in float32"
     )
-    return Part("gathered by FSDP2", formula, {"score": weights, "update": weights + whole * job.computed})
+    gradients = s.layer_parameters * (job.computed + FLOAT)  # those of the head are counted with the head
+    return Part("gathered by FSDP2", formula, {"score": weights, "update": weights + gradients})
 
 
 # -- rollout ----------------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ class UpdateSection(Section):
     micro_batch_rows: Positive = 16
     """Responses per forward and backward pass; changes memory and speed, never the result."""
     packing: bool = False
-    """Join the responses of a pass into one sequence without padding, `micro_batch_tokens` at most."""
+    """Join the responses of a pass into one sequence without padding, `micro_batch_tokens` at most. For flash attention
+    on GPUs; on a CPU it was 1.3 times slower (benchmarks/results/packing.json)."""
     micro_batch_tokens: Positive = 16384
     """Prompt and response tokens per pass with `packing`; a longer response gets a pass of its own."""
     skip_dead_rows: bool = True

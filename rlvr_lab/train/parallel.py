@@ -199,12 +199,12 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _is_lost_connection(error):
+            if self.size == 1 or isinstance(error, RankLost) or not _is_lost_connection(error):
                 raise
             raise RankLost(
                 f"rank {self.rank} of {self.size} lost the connection to another process of this run, which ended or "
                 "no longer answers; its own output says why. The last checkpoint is intact: start again with --resume "
-                f"({str(error).strip().splitlines()[0][:200]})"
+                f"({_first_line(error)})"
             ) from error
 
 
@@ -233,6 +233,12 @@ def _join(timeout: float, gpu: bool) -> None:
 
 _LOST = ("connection closed by peer", "connection reset", "connection refused", "socket", "broken pipe", "timed out",
          "timeout", "nccl", "gloo")  # fmt: skip
+
+
+def _first_line(error: RuntimeError) -> str:
+    """torch's reason without the place in its sources."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.rpartition(".cc:")[2].lstrip("0123456789] ")[:160]
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

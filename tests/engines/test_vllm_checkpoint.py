@@ -1,4 +1,4 @@
-"""A checkpoint directory is one that vLLM opens: also where the export is rounded and state to resume from lies in it."""
+"""A checkpoint directory is one that vLLM opens, with its rounded export and the state to resume from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print("RESULT", json.dumps([answer.outputs[0].token_ids, str(llm.llm_engine.mode
 
 def test_vllm_opens_a_checkpoint_in_the_precision_of_its_export(tmp_path: Path) -> None:
     policy = load_policy("tiny/S", device="cpu")
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for p in policy.model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)

@@ -18,21 +18,22 @@ export function layerBytes({ hidden, feedForward, heads, queryWidth, kvWidth }) 
 /** Bytes of every part during the backward pass of one micro-batch of `tokens` tokens. */
 export function parts(m, gpus, tokens, recompute, tiled) {
   const state = (m.parameters * WIDE) / gpus;
-  const whole = (m.embedding + 2 * m.layer) * NARROW;
+  const whole = (m.embedding + 2 * m.layer + Math.max(m.embedding, m.layer)) * NARROW;
   const layer = tokens * layerBytes(m);
   const inputs = tokens * m.hidden * NARROW;
   const last = tokens * m.hidden * (WIDE + 2 * NARROW);
   const backward = NARROW * (tokens * (3 * m.feedForward + 2 * m.hidden) + m.hidden * m.feedForward);
   const logits = tokens * m.vocabulary * WIDE;
   const tile = Math.min(TILE, tokens) * Math.min(TILE, m.vocabulary);
-  const matrices = tokens * m.hidden * (WIDE + NARROW) + m.vocabulary * m.hidden * NARROW;
+  const sums = Math.min(TILE, m.vocabulary) * m.hidden * WIDE;
+  const matrices = tokens * m.hidden * (WIDE + NARROW) + m.vocabulary * m.hidden * NARROW + sums;
   const small = Math.min(logits, KEPT) + tile * (logits > KEPT ? WIDE + NARROW : NARROW) + matrices;
   const head = tiled ? small : PLAIN_HEAD * logits;
   return {
     weights: state,
     gradients: state,
     adam: 2 * state,
-    gathered: gpus > 1 ? 2 * whole : 0,
+    gathered: gpus > 1 ? whole + m.layer * (WIDE + NARROW) : 0,
     activations: last + m.layers * (recompute ? inputs : layer),
     head: Math.max(head, recompute ? layer + backward : backward),
   };
