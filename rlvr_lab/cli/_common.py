@@ -43,7 +43,10 @@ def _known_stop(error: Exception) -> str | None:
     if kind in ("TrainingStopped", "FloatingPointError", "RankLost"):
         return str(error)
     if kind == "OutOfMemoryError":
-        return "the GPU's memory is full; lower rollout.rows, update.micro_batch_rows or rollout.max_tokens"
+        return (
+            "the GPU's memory is full; lower rollout.rows, update.micro_batch_rows or rollout.max_tokens "
+            "(`rlvr-lab plan RECIPE --gpu NAME` says by how much)"
+        )
     return None
 
 
