@@ -482,10 +482,10 @@ def markdown(record: dict[str, Any]) -> str:
         f"Equality before timing, over four optimizer steps that moved log-probs by up to {e['logprob_moved']:.2f} "
         f"nats: largest difference of losses {e['loss']:.1e}, of gradients {e['gradient']:.1e}, least cosine "
         f"{e['cosine']:.7f}, log-probs afterwards within {e['logprob_after']:.1e} nats. Tuned TRL runs "
-        f"{trial['fastest']} rows per pass, the fastest of {', '.join(map(str, trial['seconds']))}. As shipped, TRL runs "
-        "under bfloat16 autocast with gradient checkpointing in batches of 8: on a processor bfloat16 is slow, so that "
-        "this row says what its defaults cost here, and nothing about a GPU. Where no group is degenerate, what is left "
-        "is TRL's pass for old log-probs, padding and overhead; the same products are computed on both sides.",
+        f"{trial['fastest']} rows per pass, the fastest of {', '.join(map(str, trial['seconds']))}. As shipped, TRL "
+        "runs under bfloat16 autocast with gradient checkpointing in batches of 8: on a processor bfloat16 is slow, so "
+        "that this row says what its defaults cost here, nothing about a GPU. Where no group is degenerate, what is "
+        "left is TRL's pass for old log-probs, padding and overhead; the same products are computed on both sides.",
         "",
     ]
     return "\n".join(lines)

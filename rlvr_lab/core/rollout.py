@@ -145,7 +145,7 @@ class Rollout:
         """The field or statistic `name`; raises UserError naming the method `by` and the setting that provides it."""
         value = self.statistics.get(name, getattr(self, name, None))
         if value is None:
-            hint = PROVIDED_BY.get(name, f"a scoring pass that records '{name}'")
+            hint = PROVIDED_BY.get(name, "update.recompute_old_logprob: true, the pass that records it")
             raise UserError(f"method '{by}' needs '{name}', which this rollout lacks; it comes with {hint}")
         return value
 

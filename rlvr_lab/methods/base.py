@@ -31,7 +31,7 @@ minibatch without gradient, for `prepare`, and again in every micro-batch with g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -224,13 +224,23 @@ class Pipeline:
         value: Tensor = self.owner("advantage").advantage(rollout)
         return value.detach().masked_fill(~rollout.mask, 0.0)
 
-    def read_logits(self, log_p_bTV: Tensor, ids_bT: Tensor, old: bool = False) -> dict[str, Tensor]:
-        """Token statistics [b, T] that methods read from the whole distribution; `old`: of the policy that sampled."""
-        found: dict[str, Tensor] = {}
+    def reader(self, old: bool = False) -> Callable[[Tensor, Tensor], dict[str, Tensor]] | None:
+        """What all methods read from log-probs [..., V] and ids [...], as one function; None where none reads.
+
+        `old`: of the policy before the update, else of the one being updated.
+        """
         hook = "read_old_logits" if old else "read_logits"
-        for method in self._chain(hook):
-            found |= getattr(method, hook)(log_p_bTV, ids_bT)
-        return found
+        methods = self._chain(hook)
+        if not methods:
+            return None
+
+        def read(log_p: Tensor, ids: Tensor) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for method in methods:
+                found |= getattr(method, hook)(log_p, ids)
+            return found
+
+        return read
 
     # -- over the optimizer minibatch ---------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..core.entropy import entropy_of_log
 from ..core.head import head_statistics
@@ -16,6 +17,12 @@ from ..core.rollout import Rollout
 LARGE = 4096  # vocabulary from which the tiled head pays; below it one softmax over all logits is faster
 LEAST = -1e4  # of log p where squares of it are formed: p is 0 far above it, and the square must stay finite
 FORWARD = "token_tensors"  # the method of a sharded model that stands for its forward pass (policy.shard)
+
+
+READ_ROWS = 512  # tokens whose whole distribution is held at a time while a large vocabulary is read
+
+Reader = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""Token statistics by name from the log-probabilities [..., V] of all tokens and the recorded ids [...]."""
 
 
 class Division(Protocol):
@@ -49,6 +56,8 @@ class TokenView:
     logprob: Tensor
     entropy: Tensor | None
     moments: Moments | None
+    read: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a `Reader` found, with gradient."""
 
 
 def response_statistics(model: Any, rollout: Rollout, want_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -68,24 +77,28 @@ def token_view(
     want_moments: bool = False,
     live: Tensor | None = None,
     packed: bool = False,
+    read: Reader | None = None,
 ) -> TokenView:
     """Log-probability, and where asked for entropy and moments, from one pass; see `response_statistics`.
 
     A large vocabulary goes through the head of `core.head`, which never holds [B, T, V]; `live` [B, T] then names the
     tokens that reach the loss, and no backward runs for the others. `packed`: all rows as one sequence without
-    padding, which attention must keep apart (`packing_error`). Raises `core.head.NotFinite` where the tiled head does.
+    padding, which attention must keep apart (`packing_error`). `read` is asked for statistics that need the whole
+    distribution; a large vocabulary is then formed a second time, some tokens at once. Raises `core.head.NotFinite`
+    where the tiled head does.
     """
     sharded = getattr(model, FORWARD, None)
-    arguments = (rollout, want_entropy, want_moments, live, packed)
-    logprob, entropy, moments = sharded(*arguments) if sharded else token_tensors(model, *arguments)
+    arguments = (rollout, want_entropy, want_moments, live, packed, read)
+    logprob, entropy, moments, found = sharded(*arguments) if sharded else token_tensors(model, *arguments)
     if sharded:
         # FSDP gathers weights for the backward pass when a gradient reaches these tensors, which one taken with respect
         # to them, as for the ledger, must not set off
         logprob, entropy = logprob.clone(), None if entropy is None else entropy.clone()
-    return TokenView(logprob, entropy, None if moments is None else Moments(*moments))
+        found = {name: value.clone() for name, value in found.items()}
+    return TokenView(logprob, entropy, None if moments is None else Moments(*moments), found)
 
 
-Tensors = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor] | None]
+Tensors = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor] | None, dict[str, Tensor]]
 
 
 def token_tensors(
@@ -95,6 +108,7 @@ def token_tensors(
     want_moments: bool,
     live: Tensor | None,
     packed: bool,
+    read: Reader | None = None,
     call: Any = None,
 ) -> Tensors:
     """The fields of a `TokenView` and of its `Moments` as plain tensors, which sharding can follow.
@@ -104,13 +118,14 @@ def token_tensors(
     """
     line = _packed(rollout) if packed and bool(rollout.response_mask.any()) else _padded(rollout)
     if _has_plain_head(model):
-        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, raises=call is None)
+        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, read, raises=call is None)
     logits = (call or model)(**line.inputs, logits_to_keep=line.keep).logits
     log_p = torch.log_softmax(line.of_tokens(logits).float() / _one_temperature(rollout), -1)
     logprob = log_p.gather(-1, line.ids.unsqueeze(-1)).squeeze(-1)
     entropy = line.spread(entropy_of_log(log_p)) if want_entropy else None
     moments = tuple(map(line.spread, _moments(log_p))) if want_moments else None
-    return line.spread(logprob), entropy, moments  # type: ignore[return-value]
+    found = {name: line.spread(value) for name, value in read(log_p, line.ids).items()} if read else {}
+    return line.spread(logprob), entropy, moments, found  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -184,6 +199,7 @@ def _head_tensors(
     want_entropy: bool,
     want_moments: bool,
     live: Tensor | None,
+    read: Reader | None,
     raises: bool,
 ) -> Tensors:
     hidden = line.hidden_of_tokens(model.get_decoder()(**line.inputs).last_hidden_state)
@@ -195,12 +211,29 @@ def _head_tensors(
         if raises:
             raise
         nan = line.spread(hidden.float().sum(-1) * float("nan"))  # with the gradient's path through all layers
-        return nan, nan if want_entropy else None, (nan.detach(),) * 4 if want_moments else None
+        return nan, nan if want_entropy else None, (nan.detach(),) * 4 if want_moments else None, {}
     moments = None
     if want_moments:
         entropy, collision, cross = (line.spread(x.detach()) for x in (stats.entropy, stats.collision, stats.cross))
         moments = (entropy, collision, cross, torch.full_like(entropy, float("nan")))
-    return line.spread(stats.logprob), line.spread(stats.entropy) if want_entropy else None, moments
+    found = _read_head(hidden, head, line.ids, temperature, read) if read else {}
+    spread = {name: line.spread(value) for name, value in found.items()}
+    return line.spread(stats.logprob), line.spread(stats.entropy) if want_entropy else None, moments, spread
+
+
+def _read_head(hidden: Tensor, head: Any, ids: Tensor, temperature: float, read: Reader) -> dict[str, Tensor]:
+    """`read` over a large vocabulary, `READ_ROWS` tokens at a time; the backward pass forms their logits again."""
+
+    def part(h: Tensor, i: Tensor) -> dict[str, Tensor]:
+        return dict(read(torch.log_softmax(head(h).float() / temperature, -1), i))
+
+    parts = [
+        checkpoint(part, h, i, use_reentrant=False) if torch.is_grad_enabled() else part(h, i)
+        for h, i in zip(
+            torch.split(hidden.flatten(0, -2), READ_ROWS), torch.split(ids.flatten(), READ_ROWS), strict=True
+        )
+    ]
+    return {name: torch.cat([p[name] for p in parts]).view(ids.shape) for name in parts[0]} if parts else {}
 
 
 @torch.no_grad()
@@ -242,10 +275,18 @@ def _one_temperature(rollout: Rollout) -> float:
     return first if first > 0 else 1.0
 
 
-def score(model: Any, rollout: Rollout, rows: int, tokens: int | None = None, world: Division | None = None) -> Rollout:
-    """Record `old_logprob` and `token_entropy` of the current policy; see `scored`."""
-    logprob, entropy = scored(model, rollout, rows, tokens, world)
-    return rollout.with_(old_logprob=logprob).with_statistics(token_entropy=entropy)
+def score(
+    model: Any,
+    rollout: Rollout,
+    rows: int,
+    tokens: int | None = None,
+    world: Division | None = None,
+    read: Reader | None = None,
+) -> Rollout:
+    """Record `old_logprob`, `token_entropy` and what `read` finds of the current policy; see `scored`."""
+    found = scored_statistics(model, rollout, ("logprob", "entropy"), rows, tokens, world, read)
+    logprob, entropy = found.pop("logprob"), found.pop("entropy")
+    return rollout.with_(old_logprob=logprob).with_statistics(token_entropy=entropy, **found)
 
 
 def passes(rollout: Rollout, index: Tensor, rows: int, tokens: int | None = None) -> list[Tensor]:
@@ -277,7 +318,6 @@ def scored(
     return logprob, entropy
 
 
-@torch.no_grad()
 def scored_fields(
     model: Any,
     rollout: Rollout,
@@ -287,28 +327,53 @@ def scored_fields(
     world: Division | None = None,
 ) -> list[Tensor]:
     """`scored` for any fields of a `TokenView` and of its `Moments`, such as `collision`."""
+    return list(scored_statistics(model, rollout, fields, rows, tokens, world).values())
+
+
+@torch.no_grad()
+def scored_statistics(
+    model: Any,
+    rollout: Rollout,
+    fields: Sequence[str],
+    rows: int,
+    tokens: int | None = None,
+    world: Division | None = None,
+    read: Reader | None = None,
+) -> dict[str, Tensor]:
+    """`scored_fields` by name, and after them what `read` finds."""
     shape, device = rollout.response_ids.shape, rollout.response_ids.device
-    found = [torch.zeros(shape, device=device) for _ in fields]
+    names = [*fields, *(_names(read, model.config.vocab_size, device) if read else ())]
+    found = {name: torch.zeros(shape, device=device) for name in names}
     every = passes(rollout, rollout.lengths.argsort(descending=True), rows, tokens)
     for index in every if world is None else world.deal(every):
         # a process with one pass less runs along with one row: sharded weights are brought together by all
         part = rollout.rows(every[-1][-1:] if index is None else index)
         try:
-            values = _fields(model, part, fields, packed=tokens is not None)
+            values = _fields(model, part, fields, tokens is not None, read)
         except FloatingPointError:
             if world is None:
                 raise
-            values = [torch.full(part.mask.shape, float("nan"), device=device)] * len(fields)
-        for whole, own in zip(found, values if index is not None else [], strict=index is not None):
-            whole[index, : own.shape[1]] = own.float().masked_fill(~part.mask, 0.0)
+            values = dict.fromkeys(names, torch.full(part.mask.shape, float("nan"), device=device))
+        for name in names if index is not None else ():
+            own = values[name].float().masked_fill(~part.mask, 0.0)
+            found[name][index, : own.shape[1]] = own
     if world is not None:
-        found = [world.sum_(whole) for whole in found]
-        if bool(found[0].isnan().any()):
+        found = {name: world.sum_(whole) for name, whole in found.items()}
+        if bool(found[names[0]].isnan().any()):
             raise FloatingPointError("the policy's log-probs are not finite")
     return found
 
 
-def _fields(model: Any, rollout: Rollout, fields: Sequence[str], packed: bool) -> list[Tensor]:
+def _names(read: Reader, vocabulary: int, device: torch.device) -> list[str]:
+    """What `read` will find, asked of one flat distribution: a process whose pass fails must know it too."""
+    flat = torch.full((1, vocabulary), 1.0 / vocabulary, device=device).log()
+    return list(read(flat, torch.zeros(1, dtype=torch.long, device=device)))
+
+
+def _fields(
+    model: Any, rollout: Rollout, fields: Sequence[str], packed: bool, read: Reader | None
+) -> dict[str, Tensor]:
     moments = any(name not in ("logprob", "entropy") for name in fields)
-    view = token_view(model, rollout, "entropy" in fields, moments, packed=packed)
-    return [getattr(view if name in ("logprob", "entropy") else view.moments, name) for name in fields]
+    view = token_view(model, rollout, "entropy" in fields, moments, packed=packed, read=read)
+    known = {name: getattr(view if name in ("logprob", "entropy") else view.moments, name) for name in fields}
+    return known | dict(view.read)

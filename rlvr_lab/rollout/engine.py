@@ -8,7 +8,7 @@ did not pay at this size and are not used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class Sampling:
     """One random stream for the whole call, or one per prompt (`rollout.streams`)."""
     first: int = 0
     """Place of the first prompt among all prompts of the step; picks the streams of prompts."""
+
+    def at(self, temperature: float) -> Sampling:
+        """The same settings at another temperature."""
+        return replace(self, temperature=temperature)
 
 
 class _Tape:

@@ -95,7 +95,8 @@ class Collector:
         try:
             if update.recompute_old_logprob:
                 with self.clock.part("score"):
-                    rollout = score(self.model, rollout, update.micro_batch_rows, tokens_a_pass, world)
+                    read = self.pipeline.reader(old=True)
+                    rollout = score(self.model, rollout, update.micro_batch_rows, tokens_a_pass, world, read)
             if self.reference is not None:
                 with self.clock.part("reference"):
                     logprob = self.reference.logprob(rollout, update.micro_batch_rows, tokens_a_pass, world)

@@ -21,7 +21,7 @@ from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
-from ..policy.forward import passes, scored, scored_fields, token_view
+from ..policy.forward import passes, scored, scored_statistics, token_view
 from ..policy.shard import in_one_piece, is_sharded
 from .bookkeeper import Booking
 from .clock import Clock
@@ -314,13 +314,14 @@ class Updater:
 
     def _current(self, batch: Rollout) -> dict[str, Tensor]:
         """Statistics of the policy being updated, for methods that ask for them."""
-        moments = any(getattr(m, "needs_moments", False) for m in self.pipeline.methods)
-        if not moments and not self.pipeline.any("needs_current"):
+        moments, read = self.pipeline.any("needs_moments"), self.pipeline.reader()
+        if not moments and read is None and not self.pipeline.any("needs_current"):
             return {}
         names = [*CURRENT, *(MOMENTS if moments else ())]
         fields = [name.removeprefix("current_") for name in names]
-        values = scored_fields(self.model, batch, fields, self.micro_batch_rows, self.micro_batch_tokens, self.world)
-        return dict(zip(names, values, strict=True))
+        cut = self.micro_batch_rows, self.micro_batch_tokens
+        found = scored_statistics(self.model, batch, fields, *cut, self.world, read)
+        return {f"current_{name}" if name in fields else name: value for name, value in found.items()}
 
     def _micro_batches(self, batch: Rollout, live: Tensor) -> Sequence[Tensor]:
         skip = self.skip_dead_rows and not self.pipeline.keeps_every_row
@@ -337,7 +338,8 @@ class Updater:
 
         live = None if self.pipeline.keeps_every_row else part(whole.live_tokens())
         entropy, moments = self.pipeline.any("needs_entropy"), self.booking is not None
-        view = token_view(self.model, micro, entropy, moments, live, packed=self.micro_batch_tokens is not None)
+        packed, read = self.micro_batch_tokens is not None, self.pipeline.reader()
+        view = token_view(self.model, micro, entropy, moments, live, packed, read)
         inputs = LossInputs(
             rollout=micro,
             logprob=view.logprob,
@@ -347,6 +349,7 @@ class Updater:
             lower=part(whole.lower),
             upper=part(whole.upper),
             entropy=view.entropy,
+            statistics=view.read,
         )
         surrogate, terms = self.pipeline.surrogate(inputs), self.pipeline.regularise(inputs)
         if self.booking is not None and view.moments is not None:
