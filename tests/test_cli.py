@@ -48,9 +48,10 @@ def test_help_is_served_without_anything_heavy_either() -> None:
 def test_help_names_every_command() -> None:
     result = lab("--help")
     assert result.exit_code == 0
-    assert sorted(
-        ["train", "plan", "export", "evaluate", "pretrain", "methods", "doctor", "watch", "report", "serve"]
-    ) == COMMANDS
+    assert (
+        sorted(["train", "plan", "export", "evaluate", "pretrain", "methods", "doctor", "watch", "report", "serve"])
+        == COMMANDS
+    )
     for name in COMMANDS:
         assert name in result.output
 

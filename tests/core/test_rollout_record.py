@@ -92,7 +92,7 @@ def test_a_missing_field_names_method_field_and_setting(rollout: Rollout, name: 
 
 
 def test_a_missing_statistic_without_a_known_setting_asks_for_a_scoring_pass(rollout: Rollout) -> None:
-    with pytest.raises(UserError, match="update.recompute_old_logprob: true"):
+    with pytest.raises(UserError, match=r"update\.recompute_old_logprob: true"):
         rollout.require("nucleus_entropy", by="pear")
 
 
