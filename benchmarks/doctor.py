@@ -289,8 +289,7 @@ def make_run(plant: Plant, seed: int, work: Path) -> Path:
     trainer = Trainer(load_config(plant.recipe, settings), out, console=Lines())
     if plant.methods:
         own = [build(slug, settings) for slug, settings in trainer.config.methods.items()]
-        trainer.pipeline = compose([*own, *(make() for make in plant.methods)])
-        trainer.updater.pipeline = trainer.pipeline
+        trainer.use(compose([*own, *(make() for make in plant.methods)]))
     if plant.pool:
         restrict(trainer, plant.pool, "R" if plant.recipe.endswith("retries") else "S", work)
     try:

@@ -82,8 +82,7 @@ def make(name: str, work: Path, seed: int) -> None:
     trainer = Trainer(config, out, console=Lines())
     if run.methods:
         own = [build(slug, settings) for slug, settings in config.methods.items()]
-        trainer.pipeline = compose([*own, *(make() for make in run.methods)])
-        trainer.updater.pipeline = trainer.pipeline
+        trainer.use(compose([*own, *(make() for make in run.methods)]))
     trainer.run()
 
 

@@ -27,7 +27,7 @@ import torch
 from .. import __version__
 from ..core.rollout import Rollout
 from ..evaluate.evaluation import Evaluation, evaluate
-from ..methods import build, compose
+from ..methods import Pipeline, build, compose
 from ..policy.load import pick_device
 from ..policy.shard import whole_weights
 from ..rollout.engine import Sampling
@@ -114,6 +114,10 @@ class Trainer:
             out, config.logging, self.first_step, main=world.is_main, warn=self.console.warn,
             run_settings=config.model_dump(mode="json"),
         )  # fmt: skip
+
+    def use(self, pipeline: Pipeline) -> None:
+        """Train with another composition than the settings name: methods of your own, before `run`."""
+        self.pipeline = self.updater.pipeline = self.collector.pipeline = pipeline
 
     # -- opening ------------------------------------------------------------------------------------------------
 

@@ -630,7 +630,7 @@ def real_run(out: Path, *methods: Method, settings: tuple[str, ...] = ()) -> Pat
     """Six steps with more methods than the recipe has; the word bonus keeps every group alive."""
     trainer = Trainer(load_config("grpo/tiny", [*TINY_RUN, "steps=6", *settings]), out)
     own = [build(slug, values) for slug, values in trainer.config.methods.items()]
-    trainer.pipeline = trainer.updater.pipeline = trainer.collector.pipeline = compose([*own, WordBonus(), *methods])
+    trainer.use(compose([*own, WordBonus(), *methods]))
     trainer.run()
     return out
 
