@@ -90,7 +90,8 @@ def main() -> None:
             "padded_cpu_seconds": padded, "packed_cpu_seconds": packed, "ratio": statistics.median(ratios),
             "ratio_range": [ratios[0], ratios[-1]],
         }  # fmt: skip
-    record = {"what": __doc__, "repeats": arguments.repeats, "machine": machine(), "date": time.strftime("%Y-%m-%d"), "results": found}  # fmt: skip # noqa: E501
+    about = {"what": __doc__, "repeats": arguments.repeats, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    record = about | {"results": found}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

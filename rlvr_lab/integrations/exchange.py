@@ -20,7 +20,8 @@ from torch import Tensor
 from ..core.rollout import Rollout
 from ..errors import UserError
 from ..methods import build, compose
-from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Method, Pipeline
+from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, Method, Pipeline
+from ..policy.forward import TokenView
 from ..train.metrics import rollout_metrics
 from ..train.parallel import World
 from ..train.update import Minibatch, Updater, UpdateTotals
@@ -145,21 +146,7 @@ class Parts(Updater):
 
         `logprob` and, where a method needs it, `entropy` are [b, T] with gradient.
         """
-        width = micro.response_ids.shape[1]
-
-        def part(value: Tensor) -> Tensor:
-            return value[rows][:, :width]
-
-        outside = ~micro.mask
-        old = micro.require("old_logprob", by="surrogate").masked_fill(outside, 0.0)
-        inputs = LossInputs(micro, logprob, old, part(whole.advantage), part(whole.lower), part(whole.upper), entropy)
-        surrogate = self.pipeline.surrogate(inputs)
-        loss = (surrogate.loss.masked_fill(outside, 0.0) * part(whole.reductions[None] * whole.weight)).sum()
-        for term in self.pipeline.regularise(inputs):
-            value = (term.loss.masked_fill(outside, 0.0) * part(whole.reductions[term.reduction])).sum()
-            totals.terms.add(term.slug, value, inputs)
-            loss = loss + value
-        self._count(inputs, surrogate, totals)
+        loss = self.loss_of(whole, rows, micro, TokenView(logprob, entropy, None), totals)
         totals.loss += float(loss.detach())
         return loss
 

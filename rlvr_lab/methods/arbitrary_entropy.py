@@ -13,7 +13,7 @@ take the places of as many rows of the batch, with advantage 1. Log-probs of all
 temperature, so `update.recompute_old_logprob: true` is needed. Where nothing succeeds the step is plain GRPO.
 
 Card: papers/arbitrary_entropy.md. Code compared: 597358816/AEPO @ b353a05. It compares -mean log pi of the last mixed
-update (`entropy: sample`); the default here is the exact token entropy of the rows at the policy's temperature. Its
+batch (`entropy: sample`); the default here is the exact token entropy of the rows at the policy's temperature. Its
 top-p 0.99 is not reproduced. `dcpo_advantage` is the follow-up in the same repository, which samples nothing more.
 
 Presets: `paper` (add, alpha 0.05 [inferred], target 0.75), `released` (replace, 60 rows), `tiny` (add, pulls harder).
@@ -172,6 +172,8 @@ class ArbitraryEntropy(Method):
         if self.config.entropy == "token":
             own = rollout.mask & ~extra[:, None]
             self.measured = float(masked_mean(rollout.require("token_entropy", by=self.slug), own))
+        else:
+            self.measured = -float(masked_mean(rollout.require("old_logprob", by=self.slug), rollout.mask))
         if self.config.mode == "add":
             return rollout
         reward = rollout.require("reward", by=self.slug)
@@ -202,11 +204,6 @@ class ArbitraryEntropy(Method):
         own = total / max(total - other, 1.0)
         value = torch.where(extra, self.config.alpha * right * (total / max(other, 1.0)), value * own)
         return value[:, None].expand(mask.shape)
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """The release's estimate of the entropy."""
-        if self.config.entropy == "sample":
-            self.measured = -float(metrics["old_logprob"])
 
     def state_dict(self) -> dict[str, Any]:
         """The entropy that decides on the next temperature."""

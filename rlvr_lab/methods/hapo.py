@@ -173,7 +173,8 @@ class HAPO(Method):
         return super().has(hook) and (hook != "advantage" or self.config.token_advantage)
 
     def temper(self, entropy_B: Tensor, base: float) -> Tensor:
-        """Part A, asked by the sampler at every step: the temperature of each row, from the entropies [B] at 1."""
+        """Part A: the temperature of each row, from the entropies [B] at 1. No engine asks for it yet, so that in a run
+        `tau` has no effect."""
         if self.scale is None or not self.config.tau:
             return torch.full_like(entropy_B, base)
         return adaptive_temperature(self.scale.apply(entropy_B, self.config.sign), base, self.config.tau)

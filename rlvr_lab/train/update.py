@@ -21,7 +21,7 @@ from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
-from ..policy.forward import passes, scored, scored_statistics, token_view
+from ..policy.forward import TokenView, passes, scored, scored_statistics, token_view
 from ..policy.shard import in_one_piece, is_sharded
 from .bookkeeper import Booking
 from .clock import Clock
@@ -332,14 +332,21 @@ class Updater:
     def _backward(self, whole: Minibatch, rows: Tensor, totals: UpdateTotals) -> float:
         micro = whole.rollout.rows(rows)
         width = micro.response_ids.shape[1]
+        live = None if self.pipeline.keeps_every_row else whole.live_tokens()[rows][:, :width]
+        entropy, moments = self.pipeline.any("needs_entropy"), self.booking is not None
+        packed, read = self.micro_batch_tokens is not None, self.pipeline.reader()
+        view = token_view(self.model, micro, entropy, moments, live, packed, read)
+        loss = self.loss_of(whole, rows, micro, view, totals)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def loss_of(self, whole: Minibatch, rows: Tensor, micro: Rollout, view: TokenView, totals: UpdateTotals) -> Tensor:
+        """Share of the rows `rows` (their rollout is `micro`) in the minibatch's loss, with gradient; counts it."""
+        width = micro.response_ids.shape[1]
 
         def part(value: Tensor) -> Tensor:
             return value[rows][:, :width]
 
-        live = None if self.pipeline.keeps_every_row else part(whole.live_tokens())
-        entropy, moments = self.pipeline.any("needs_entropy"), self.booking is not None
-        packed, read = self.micro_batch_tokens is not None, self.pipeline.reader()
-        view = token_view(self.model, micro, entropy, moments, live, packed, read)
         inputs = LossInputs(
             rollout=micro,
             logprob=view.logprob,
@@ -362,9 +369,8 @@ class Updater:
             value = (term.loss.masked_fill(outside, 0.0) * part(whole.reductions[term.reduction])).sum()
             totals.terms.add(term.slug, value, inputs)
             loss = loss + value
-        loss.backward()  # type: ignore[no-untyped-call]
         self._count(inputs, surrogate, totals)
-        return float(loss.detach())
+        return loss
 
     @torch.no_grad()
     def _count(self, inputs: LossInputs, surrogate: Surrogate, totals: UpdateTotals) -> None:
