@@ -32,6 +32,8 @@ Methods = Mapping[str, Mapping[str, Any] | None] | Sequence[Method | str | Mappi
 NOT_IN_TRL = {
     "select": "it chooses problems, and TRL's sampler deals the dataset",
     "sample": "it samples in its own way, and TRL generates",
+    "read_logits": "TRL's forward pass does not keep the whole distribution of a token",
+    "read_old_logits": "TRL's forward pass does not keep the whole distribution of a token",
 }
 CARRIED = frozenset(
     {"prompt_id", "group_id", "finished", "policy_version", "prompt_ids", "prompt_mask", "response_ids",

@@ -55,7 +55,9 @@ _WHY_NOT_A = {
     "filter": "acts on the rollout before the advantage; verl has algorithm.filter_groups",
     "observe": "adapts itself to the metrics of the step, which a registered loss does not see",
 }
-_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample")}
+_READS = "reads the whole distribution of every token, which verl's engines do not keep"
+_WHY_NOT_A |= {"read_logits": _READS, "read_old_logits": _READS}
+_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample", "read_logits", "read_old_logits")}
 
 
 def pipeline_of(methods: Mapping[str, Mapping[str, Any]]) -> Pipeline:

@@ -197,3 +197,11 @@ def test_state_is_written_and_read_back(tmp_path: Path) -> None:
     (tmp_path / "rlvr_methods.json").write_text("{")
     with pytest.raises(UserError, match="holds no state of methods"):
         load_methods(tmp_path, pipeline_of(["grpo"]))
+
+
+def test_a_method_that_reads_the_whole_distribution_is_refused_with_its_name() -> None:
+    from rlvr_lab.integrations.verl_support import obstacles
+    from rlvr_lab.methods.siren import Siren
+
+    assert "'siren'" in (unsupported(pipeline_of([Siren()])) or "")
+    assert "whole distribution" in obstacles([Siren()], "b")[0]
