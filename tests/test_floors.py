@@ -30,6 +30,7 @@ FLOORS = (
     {"show"},
     {"train", "plan"},
     {"integrations"},
+    {"arena"},
     {"testing"},
     {"cli", "__main__", "__init__"},
 )

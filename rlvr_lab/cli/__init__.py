@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from .arena import arena
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -32,6 +33,7 @@ def _root() -> None:
     """Entropy in reinforcement learning with verifiable rewards: train, evaluate and watch."""
 
 
+app.add_typer(arena, name="arena")
 for command in (train, plan, export, evaluate, pretrain, methods, doctor, watch, report, serve):
     app.command()(command)
 

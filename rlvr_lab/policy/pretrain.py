@@ -31,6 +31,8 @@ class PretrainConfig:
     """Settings of one pre-training run. `steps` optimizer steps of `batch` sequences."""
 
     base: str = "S"
+    shape: str = "tiny"
+    """Size of the network, by name in `tiny.SHAPES`."""
     steps: int = 15_000
     batch: int = 64
     muon_lr: float = 3e-3
@@ -71,14 +73,20 @@ SHIPPED = {
 Progress = Callable[[int, float, float], None]
 
 
-def pretrain(config: PretrainConfig, out: Path, progress: Progress = lambda step, loss, rate: None) -> Path:
-    """Train a base policy and write it to `out` as a transformers directory; returns `out`.
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    progress: Progress = lambda step, loss, rate: None,
+    device: str = "cpu",
+) -> Path:
+    """Train a base policy on a device and write it to `out` as a transformers directory; returns `out`.
 
     `progress(step, loss, learning-rate factor)` is called after every step. Loss is in nats per response token.
     Raises UserError where `out` holds a run with other settings, and FloatingPointError on a loss that is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    model = tiny.build_model(config.seed)
+    model = tiny.build_model(config.seed, tiny.SHAPES[config.shape])
+    model.to(torch.device(device))
     optimizers = _optimizers(model, config)
     history: list[float] = []
     first = _restore(out, config, model, optimizers, history)
@@ -95,7 +103,7 @@ def pretrain(config: PretrainConfig, out: Path, progress: Progress = lambda step
         if (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             _save_state(out, config, model, optimizers, history)
     model.eval()
-    tiny.export(model, out)
+    tiny.export(model.cpu(), out)
     record = {"config": asdict(config), "loss_last_200": float(np.mean(history[-200:])), "written": time.strftime("%F")}
     (out / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
@@ -155,7 +163,7 @@ def _step(
     factor: float,
     config: PretrainConfig,
 ) -> float:
-    tokens, mask = _pad(sequences)
+    tokens, mask = (part.to(model.get_parameter("lm_head.weight").device) for part in _pad(sequences))
     logits = model(input_ids=tokens[:, :-1]).logits[:, countdown.PROMPT_TOKENS - 1 :]
     target, mask = tokens[:, countdown.PROMPT_TOKENS :], mask[:, countdown.PROMPT_TOKENS :]
     loss = torch.nn.functional.cross_entropy(logits[mask], target[mask])

@@ -18,6 +18,7 @@ wide, because vLLM's CPU attention takes no width below 32: again the same funct
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,9 +30,23 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 BASES = {"S": countdown.SINGLE, "R": countdown.RETRIES}
-HIDDEN, LAYERS, HEADS, FEED_FORWARD, POSITIONS = 96, 3, 4, 288, 128
+POSITIONS = 128
 EXPORTED_HEAD_WIDTH = 32
 """The narrowest attention head that vLLM 0.32.0 runs on a CPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a policy's network: width, layers, attention heads, width of the feed-forward part."""
+
+    hidden: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+
+SHAPES = {"tiny": Shape(96, 3, 4, 288), "28m": Shape(512, 8, 8, 1536), "92m": Shape(768, 12, 12, 2304)}
+"""The shipped size, and sizes of 28 and 92 million parameters for the same task, which want a GPU."""
 
 
 def shipped(base: str) -> Path:
@@ -41,17 +56,17 @@ def shipped(base: str) -> Path:
     return Path(str(resources.files("rlvr_lab.policy") / "checkpoints" / base))
 
 
-def build_config() -> Qwen2Config:
-    """Qwen2, 3 layers of width 96 over the 128-word vocabulary, rotary base 10,000, untied embeddings."""
+def build_config(shape: Shape = SHAPES["tiny"]) -> Qwen2Config:
+    """Qwen2 over the 128-word vocabulary, rotary base 10,000, untied embeddings."""
     from transformers import Qwen2Config
 
     return Qwen2Config(
         vocab_size=len(countdown.VOCABULARY),
-        hidden_size=HIDDEN,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
         max_position_embeddings=POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
@@ -62,14 +77,14 @@ def build_config() -> Qwen2Config:
     )
 
 
-def build_model(seed: int) -> Qwen2ForCausalLM:
+def build_model(seed: int, shape: Shape = SHAPES["tiny"]) -> Qwen2ForCausalLM:
     """A freshly initialised policy. The global generator is used by transformers' initialiser and restored after."""
     import torch
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(build_config())
+        return Qwen2ForCausalLM(build_config(shape))
 
 
 def export(model: Qwen2ForCausalLM | LlamaForCausalLM, out: Path) -> None:

@@ -96,6 +96,7 @@ class Trainer:
         self.pipeline = compose([build(slug, settings) for slug, settings in config.methods.items()])
         models = setup.load_models(config, world, start, self.pipeline.needs("ref_logprob"))
         self.policy, self.sampler = models.policy, models.sampler
+        self.pipeline.check_run(self.policy.model.config.vocab_size, config.steps)
         self.device = pick_device(config.model.device)
         self.problems: Problems = load_problems(config, self.policy, self.console.say)
         self.optimizer = setup.make_optimizer(self.policy.model, config.optimizer)
@@ -117,6 +118,7 @@ class Trainer:
 
     def use(self, pipeline: Pipeline) -> None:
         """Train with another composition than the settings name: methods of your own, before `run`."""
+        pipeline.check_run(self.policy.model.config.vocab_size, self.config.steps)
         self.pipeline = self.updater.pipeline = self.collector.pipeline = pipeline
 
     # -- opening ------------------------------------------------------------------------------------------------
@@ -143,7 +145,10 @@ class Trainer:
         self._needs_sync, self._synced = replica or name == "vllm", -1
         self._sync_metrics: dict[str, float] = {}
         prompts = self.problems.prompts[: self.config.rollout.vllm.probe_responses]
-        return make_engine(name, policy, self.config.rollout.vllm, replica=replica, prompts=prompts)
+        tempers = self.pipeline.owner("temper") is not None
+        return make_engine(
+            name, policy, self.config.rollout.vllm, replica=replica, prompts=prompts, tempers=tempers
+        )
 
     def _make_bookkeeper(self) -> Bookkeeper | None:
         """The ledger, with held-out responses of the starting policy; a checkpoint brings its own."""
@@ -205,8 +210,7 @@ class Trainer:
 
     def _run(self) -> tuple[int, bool]:
         config = self.config
-        if not self._evaluated(self.first_step):
-            self.evaluate(self.first_step)
+        self.evaluate_once(self.first_step)
         done, interrupted = self.first_step, False
         self.console.begin("training", config.steps, done)
         try:
@@ -245,9 +249,11 @@ class Trainer:
             metrics |= self.collector.generated | self._sync_metrics
             self._begin_ledger(rollout, step)
             metrics |= self.updater.run(rollout, generator, self.clock, step)
-            metrics |= self._end_ledger(step, factor)
+            metrics |= self._end_ledger(step, factor) | self.pipeline.metrics()
         metrics |= {"lr": config.optimizer.lr * factor}
         self.pipeline.observe(metrics)
+        for text in self.pipeline.notices():
+            self.console.warn(text)
         if config.logging.samples and step % config.logging.samples_every == 0:
             self.log.samples(step, sample_rows(rollout, self.problems.train, self.policy, config.logging.samples))
         metrics |= self._times(time.perf_counter() - started, metrics["tokens"]) | memory_metrics(self.device)
@@ -337,9 +343,11 @@ class Trainer:
         for name in self.problems.benchmarks:
             self.console.say(f"{name} {describe(step, results[name].summary())}")
 
-    def _evaluated(self, step: int) -> bool:
+    def evaluate_once(self, step: int) -> None:
+        """Evaluate after `step` updates unless the record has it already, as where a run was resumed."""
         path = self.out / "evaluations.jsonl"
-        return self.world.on_main(lambda: any(row["step"] == step for row in logs.read_jsonl(path)))
+        if not self.world.on_main(lambda: any(row["step"] == step for row in logs.read_jsonl(path))):
+            self.evaluate(step)
 
     def checkpoint(self, step: int) -> Path:
         """Write the state after `step` updates."""
@@ -354,8 +362,7 @@ class Trainer:
         return checkpoint.save(where, self.policy, self.optimizer, state, keep, self.world, export=export)
 
     def _finish(self, done: int) -> None:
-        if not self._evaluated(done):
-            self.evaluate(done)
+        self.evaluate_once(done)
         export = setup.export_dtype(self.config)
         checkpoint.save_policy(self.out / "model", self.policy, self.world, export=export)
         if not self.world.is_main:

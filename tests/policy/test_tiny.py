@@ -64,7 +64,7 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("hidden", "heads", "kv_heads", "theta", "width"),
     [
-        (tiny.HIDDEN, tiny.HEADS, tiny.HEADS, 10_000.0, 32),  # the tiny lab's own: 24 padded to 32
+        (tiny.SHAPES["tiny"].hidden, 4, 4, 10_000.0, 32),  # the tiny lab's own: 24 padded to 32
         (64, 4, 2, 500.0, 32),  # 16 padded to 32, two query heads share a key
         (64, 2, 2, 10_000.0, 32),  # nothing to pad
         (96, 2, 1, 10_000.0, 48),  # wider: left alone
@@ -101,7 +101,7 @@ def test_an_exported_policy_computes_the_same_function(
 
 def padding(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Where a policy exported from heads of width 24 has its zeros: True at padded places of each parameter."""
-    row = torch.ones(tiny.HEADS, 32, dtype=torch.bool)
+    row = torch.ones(tiny.SHAPES["tiny"].heads, 32, dtype=torch.bool)
     row[:, :12] = row[:, 16:28] = False
     found = {}
     for name, p in model.named_parameters():

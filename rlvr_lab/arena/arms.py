@@ -1,0 +1,141 @@
+"""What competes in an arena: named settings on top of one recipe.
+
+A catalogue holds the interventions of the book with their controls. Any other composition is written in place:
+`steer`, `steer:full` (a preset), `kl_cov:beta=3` or `siren:tiny,coefficient=0.1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..errors import UserError, nearest
+from ..methods import REGISTRY, build, load_class, trainable
+
+Role = Literal["reference", "method", "control"]
+REFERENCE = "grpo"
+"""The first control of every method: stopped early, it has gone less far along the same path."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant. `settings` are dotted overrides of the contest's recipe; `method` is the slug that it is about.
+
+    A control has everything of `control_of` but the idea: a method is only credited for what its control does not do.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    role: Role = "method"
+    method: str = REFERENCE
+    control_of: str = ""
+    note: str = ""
+
+    def uses(self, slug: str) -> bool:
+        """Whether the code of a registered work takes part; the recipe's own method does in every arm."""
+        named = (f"methods.{slug}=", f"methods.{slug}.")
+        return slug in (REFERENCE, self.method) or any(text.startswith(named) for text in self.settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a results file."""
+        return asdict(self) | {"settings": list(self.settings)}
+
+    @staticmethod
+    def from_dict(found: Mapping[str, Any]) -> Arm:
+        """The other way round."""
+        return Arm(**dict(found) | {"settings": tuple(found["settings"])})
+
+
+def _method(name: str, slug: str, settings: str, note: str = "") -> Arm:
+    return Arm(name, (f"methods.{slug}={{{settings}}}",), "method", slug, "", note)
+
+
+def _control(name: str, of: str, slug: str, settings: str, note: str) -> Arm:
+    return Arm(name, (f"methods.{slug}={{{settings}}}",), "control", slug, of, note)
+
+
+_CATALOGUE = (
+    Arm(REFERENCE, (), "reference", REFERENCE, "", "the reference; stopped early, it is the first control of all"),
+    _method("clip_higher", "clip_higher", "preset: paper", "upper clip 0.28"),
+    _method("entropy_bonus_small", "entropy_bonus", "preset: paper, coefficient: 0.003"),
+    _method("entropy_bonus_large", "entropy_bonus", "preset: paper, coefficient: 0.03"),
+    _method("adaptive_entropy", "adaptive_entropy", "preset: released, target: 0.1, step: 0.002, maximum: 0.1"),
+    _method("clip_cov", "clip_cov", "preset: tiny"),
+    _method("kl_cov", "kl_cov", "preset: tiny"),
+    _control("kl_cov_random", "kl_cov", "kl_cov", "preset: tiny, selection: random", "as many tokens, at random"),
+    _method("steer", "steer", "preset: tiny"),
+    _control("steer_shuffled", "steer", "steer", "preset: tiny, control: shuffled", "the same weights on other tokens"),
+    _control("steer_constant", "steer", "steer", "preset: tiny, control: constant", "their mean on every token"),
+    _method("high_entropy_tokens", "high_entropy_tokens", "preset: released", "the 20 % of highest entropy"),
+    _control("high_entropy_tokens_random", "high_entropy_tokens", "high_entropy_tokens",
+             "preset: released, selection: random", "20 % at random"),
+    _control("high_entropy_tokens_lowest", "high_entropy_tokens", "high_entropy_tokens",
+             "preset: released, selection: lowest, ratio: 0.8", "the other 80 %"),
+    _method("negative_reinforcement", "negative_reinforcement", "preset: paper", "W-REINFORCE, right answers at 0.1"),
+    _method("nsr", "negative_reinforcement", "preset: nsr", "wrong answers alone"),
+    _control("psr", "negative_reinforcement", "negative_reinforcement", "preset: psr", "right answers alone"),
+    _method("bapo", "bapo", "preset: paper"),
+    _control("bapo_fixed", "bapo", "bapo", "preset: paper, lower_step: 0.0, upper_step: 0.0, lower_end: 0.6, "
+             "upper_end: 1.2", "the bounds it starts from, not searched"),
+    _method("hapo", "hapo", "preset: paper", "all four parts"),
+    _control("hapo_released_sign", "hapo", "hapo", "preset: paper, sign: released",
+             "the most certain token counts like the most uncertain one"),
+    _control("hapo_off", "hapo", "hapo", "preset: paper, tau: 0.0, alpha: 0.0, beta: 0.0, token_advantage: false",
+             "all parts off"),
+    _method("siren", "siren", "preset: tiny"),
+    _control("siren_unmasked", "siren", "siren", "preset: tiny, top_p: null, top_k: null, quantile: null",
+             "the anchor on the plain entropy of all tokens"),
+    _method("epo", "epo", "preset: tiny"),
+    _control("epo_bonus_only", "epo", "epo", "preset: tiny, alpha: 0.0", "its entropy bonus without the corridor"),
+    _method("arbitrary_entropy", "arbitrary_entropy", "preset: tiny", "holds an entropy of 0.1 nats"),
+    _control("aepo_untempered", "arbitrary_entropy", "arbitrary_entropy", "preset: tiny, high: 1.0, low: 1.0",
+             "extra successes drawn at the policy's own temperature"),
+    _method("aepo_target_low", "arbitrary_entropy", "preset: tiny, target: 0.05"),
+    _method("aepo_target_high", "arbitrary_entropy", "preset: tiny, target: 0.2"),
+    _method("lp_reg", "lp_reg", "preset: tiny"),
+    _control("lp_reg_unfiltered", "lp_reg", "lp_reg", "preset: tiny, filter: none",
+             "pulls to the old policy itself, junk included"),
+    Arm("grpo_wide_clip", ("methods.grpo.clip_low=1.0", "methods.grpo.clip_high=9.0"), "control", REFERENCE, "lp_reg",
+        "lp_reg's clip range without its regulariser"),
+)  # fmt: skip
+CATALOGUE: dict[str, Arm] = {arm.name: arm for arm in _CATALOGUE}
+
+
+def resolve(names: Iterable[str], *, controls: bool = False) -> list[Arm]:
+    """Arms by name, GRPO first even where it was not asked for; `controls` adds those of every arm.
+
+    A name is an entry of `CATALOGUE`, or `SLUG[:PRESET][,SETTING=VALUE...]`. Raises UserError with the nearest name.
+    """
+    found = {REFERENCE: CATALOGUE[REFERENCE]}
+    for name in names:
+        arm = CATALOGUE.get(name) or _written(name)
+        found[arm.name] = arm
+        if controls:
+            found |= {a.name: a for a in _CATALOGUE if a.control_of == arm.name}
+    return list(found.values())
+
+
+def _written(text: str) -> Arm:
+    slug, _, rest = text.partition(":")
+    if slug not in trainable():
+        raise UserError(f"no arm '{slug}'; {nearest(slug, [*CATALOGUE, *trainable()])}")
+    words = [word.strip() for word in rest.split(",") if word.strip()]
+    presets = [word for word in words if "=" not in word]
+    if len(presets) > 1:
+        raise UserError(f"arm '{text}' names two presets: {presets[0]} and {presets[1]}")
+    settings = [tuple(word.split("=", 1)) for word in words if "=" in word]
+    preset = presets[0] if presets else _tiniest(slug)
+    build(slug, {"preset": preset})  # an unknown preset is refused before anything runs
+    parts = [f"preset: {preset}", *(f"{key.strip()}: {value.strip()}" for key, value in settings)]
+    return Arm(text, (f"methods.{slug}={{{', '.join(parts)}}}",), "method", slug)
+
+
+def _tiniest(slug: str) -> str:
+    presets = load_class(slug).presets
+    return next((name for name in ("tiny", "paper") if name in presets), next(iter(presets)))
+
+
+def slugs_of(methods: Sequence[str]) -> list[str]:
+    """The registered works among a composition's methods, for digests and citations."""
+    return [slug for slug in methods if slug in REGISTRY]
