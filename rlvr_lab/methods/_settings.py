@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -14,6 +15,16 @@ def check(ok: bool, name: str, must: str, value: object) -> None:
     """Raise UserError "methods.<name> must <must>, not <value>" unless `ok`."""
     if not ok:
         raise UserError(f"methods.{name} must {must}, not {value!r}")
+
+
+def check_reachable(target: float, vocabulary: int, name: str) -> None:
+    """Raise UserError for an entropy in nats that no distribution over so many words has."""
+    most = math.log(vocabulary)
+    if target > most:
+        raise UserError(
+            f"methods.{name} is {target} nats, but {most:.3f} is the entropy of a uniform choice among this model's "
+            f"{vocabulary} words; choose a lower target"
+        )
 
 
 def check_choice(value: object, choices: Sequence[str], name: str) -> None:

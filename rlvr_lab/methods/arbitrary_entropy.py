@@ -6,24 +6,27 @@ r"""AEPO: imitate one's own successes drawn at another temperature, and so steer
 Not importance-corrected for T: to first order the extra term moves the entropy by (T - 1) sum_a [pi_a (log pi_a +
 H)]^2 (`entropy_drift` has the exact form). Entropies in nats; advantages [B, T]. Two other methods are called AEPO too.
 
-A share of the step's prompts is sampled again at T (`sample`, which owns the hook). `mode: add` gives every token of a
-success the advantage alpha, such that both expectations are token means of their own; `mode: replace` is the release:
-the first successes (GRPO advantage above 0.05 among the extra responses, at most `most`, half of that above the target)
-take the places of as many rows of the batch, with advantage 1. Log-probs of all rows are those of the policy's own
-temperature, so `update.recompute_old_logprob: true` is needed. Where nothing succeeds the step is plain GRPO.
+A share of the step's prompts, evenly spread over it, is sampled again at T (`sample`, which owns the hook). `mode: add`
+gives every token of a success the advantage alpha, such that both expectations are token means of their own; `mode:
+replace` is the release: the first successes (GRPO advantage above 0.05 among the extra responses, at most `most`, half
+of that above the target) take the places of as many rows of the batch, with advantage 1. Log-probs of all rows are
+those of the policy's own temperature, so `update.recompute_old_logprob: true` is needed. Where nothing succeeds the
+step is plain GRPO.
 
 Card: papers/arbitrary_entropy.md. Code compared: 597358816/AEPO @ b353a05. It compares -mean log pi of the last mixed
 batch (`entropy: sample`); the default here is the exact token entropy of the rows at the policy's temperature. Its
 top-p 0.99 is not reproduced. `dcpo_advantage` is the follow-up in the same repository, which samples nothing more.
 
-Presets: `paper` (add, alpha 0.05 [inferred], target 0.75), `released` (replace, 60 rows), `tiny` (add, pulls harder).
+Presets: `paper` (add, alpha 0.05 [inferred], target 0.75), `released` (replace, 60 rows), `tiny` (add, T 2 or 0.8 on
+half of the prompts, alpha 4: in the tiny lab successes drawn at T 1.2 are the policy's likely answers and lower the
+entropy).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,8 +37,7 @@ from ..core.dynamics import first_order_change
 from ..core.reduce import Reduction, masked_mean
 from ..core.rollout import Rollout
 from ..core.rows import concatenate
-from ..errors import UserError
-from ._settings import check, check_choice
+from ._settings import check, check_choice, check_reachable
 from .base import Method
 
 THRESHOLD = 0.05  # of the advantage above which the release calls a response a success
@@ -51,6 +53,17 @@ def replacement_number(successes: int, most: int, entropy: float, target: float)
     """Rows that the release replaces: at most `most`, half of them above the target."""
     number = min(most, successes)
     return number // 2 if entropy > target else number
+
+
+def again_count(share: float, prompts: int) -> int:
+    """How many of a step's first prompts are sampled again: the ceiling of their share."""
+    return math.ceil(round(share * prompts, 9))
+
+
+def again_places(share: float, first: int, count: int) -> list[int]:
+    """Which of `count` prompts, the first of them at place `first` of the step, are sampled again. They are spread
+    evenly over the step, so that the same ones are chosen however the step is divided over processes."""
+    return [i for i in range(count) if again_count(share, first + i) < again_count(share, first + i + 1)]
 
 
 def successes(advantage_B: Tensor) -> Tensor:
@@ -115,17 +128,19 @@ class ArbitraryEntropy(Method):
 
     slug: ClassVar[str] = "arbitrary_entropy"
     requires: tuple[str, ...] = ("reward", "correct", "old_logprob", "token_entropy")
+    rescored: ClassVar[bool] = True
     config_class: ClassVar[type[ArbitraryEntropyConfig]] = ArbitraryEntropyConfig
     presets: ClassVar[Mapping[str, ArbitraryEntropyConfig]] = {
         "paper": ArbitraryEntropyConfig(),
         "released": ArbitraryEntropyConfig(mode="replace", entropy="sample"),
-        "tiny": ArbitraryEntropyConfig(target=0.1, alpha=0.5),
+        "tiny": ArbitraryEntropyConfig(target=0.1, alpha=4.0, high=2.0, share=0.5),
     }
     reduction: Reduction | None = "token_mean"
 
     def __init__(self, config: ArbitraryEntropyConfig | None = None) -> None:
         self.config = config or ArbitraryEntropyConfig()
         self.measured = 0.0
+        self._drawn_at = math.nan
 
     @property
     def temperature(self) -> float:
@@ -142,32 +157,40 @@ class ArbitraryEntropy(Method):
         generator: torch.Generator,
         **rest: Any,
     ) -> Rollout:
-        """All prompts at the policy's temperature, then the first share of them again at T."""
-        self._refuse_unreachable(engine)
-        main = engine.sample(prompts, group_size, sampling, generator, **rest)
-        some = max(1, int(self.config.share * len(prompts)))
-        if rest.get("problem_ids") is not None:
-            rest = rest | {"problem_ids": rest["problem_ids"][:some]}
-        tempered = sampling.at(sampling.temperature * self.temperature)
-        extra = engine.sample(prompts[:some], group_size, tempered, generator, **rest)
-        parts = [
-            part.with_(old_logprob=None, policy_temperature=sampling.temperature).with_statistics(
-                **{EXTRA: torch.full_like(part.behaviour_logprob, flag)}
-            )
-            for part, flag in ((main, 0.0), (extra, 1.0))
-        ]
-        return concatenate(parts)
+        """All prompts at the policy's temperature, then a share of them again at T."""
+        parts = [(engine.sample(prompts, group_size, sampling, generator, **rest), 0.0)]
+        self._drawn_at = self.temperature
+        again = again_places(self.config.share, sampling.first, len(prompts))
+        if again:
+            if rest.get("problem_ids") is not None:
+                rest = rest | {"problem_ids": [rest["problem_ids"][i] for i in again]}
+            # numbers of their own, which do not depend on who samples the prompts before
+            first = again_count(self.config.share, sampling.first)
+            tempered = replace(sampling.at(sampling.temperature * self._drawn_at), first=first)
+            extra = engine.sample([prompts[i] for i in again], group_size, tempered, generator, **rest)
+            parts.append((extra, 1.0))
+        return concatenate(
+            [
+                part.with_(old_logprob=None, policy_temperature=sampling.temperature).with_statistics(
+                    **{EXTRA: torch.full_like(part.behaviour_logprob, flag)}
+                )
+                for part, flag in parts
+            ]
+        )
 
-    def _refuse_unreachable(self, engine: Any) -> None:
-        most = math.log(engine.policy.model.config.vocab_size)
-        if self.config.target > most:
-            raise UserError(
-                f"methods.arbitrary_entropy.target is {self.config.target} nats, but {most:.3f} is the entropy of a "
-                "uniform choice among this model's words; choose a lower target"
-            )
+    def check_run(self, vocabulary: int, steps: int) -> None:
+        """Raises UserError for a target above log V."""
+        check_reachable(self.config.target, vocabulary, "arbitrary_entropy.target")
+
+    def metrics(self) -> dict[str, float]:
+        """`entropy` that the controller compares with the target, and the extra responses' `temperature`, relative to
+        the policy's."""
+        return {"entropy": self.measured, "temperature": self._drawn_at}
 
     def filter(self, rollout: Rollout) -> Rollout:
-        """Measure; in mode replace, exchange rows and record the advantages they keep."""
+        """Measure; in mode replace, exchange rows and record the advantages they keep. Extra rows go last, wherever
+        the processes that sampled them left them."""
+        rollout = rollout.rows(self._extra(rollout).long().argsort(stable=True))
         extra = self._extra(rollout)
         if self.config.entropy == "token":
             own = rollout.mask & ~extra[:, None]

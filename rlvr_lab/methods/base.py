@@ -9,6 +9,7 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 |---|---|---|---|
 | `select` | task pool, step | problem indices | exclusive |
 | `sample` | engine, prompts | `Rollout` | exclusive |
+| `temper` | its own state | `TemperatureRule` for this step's sampling, or None | exclusive |
 | `reward` | rollout with statistics | reward components by name, [B] each | all are added |
 | `filter` | graded rollout | rollout with rows dropped or tokens unmarked | one after the other |
 | `advantage` | whole rollout | advantage [B, T] | exclusive |
@@ -27,6 +28,13 @@ into micro-batches. `weight` multiplies the surrogate alone; regularisers are re
 Statistics that need the whole distribution are read from the logits, because no one keeps [B, T, V]. `read_old_logits`
 is asked once per rollout, when it is scored (`update.recompute_old_logprob: true`); `read_logits` once over the
 minibatch without gradient, for `prepare`, and again in every micro-batch with gradient (`LossInputs.statistics`).
+
+`temper` is asked once per step. The engine applies the rule token by token while it samples: it knows entropies and
+factors, and no method. Behaviour log-probs are then those of each token's own temperature, and the policy's stay those
+of `rollout.temperature`.
+
+Beside the hooks a method may speak: `metrics` adds figures to the step's, `notices` tells the user something once, and
+`check_run` refuses, before the first step, what cannot be right for the run.
 """
 
 from __future__ import annotations
@@ -41,12 +49,13 @@ from torch import Tensor
 from ..core.losses import Surrogate
 from ..core.reduce import Reduction
 from ..core.rollout import Rollout
+from ..core.temperature import TemperatureRule
 from ..errors import UserError
 
-EXCLUSIVE = ("select", "sample", "advantage", "clip", "surrogate")
+EXCLUSIVE = ("select", "sample", "temper", "advantage", "clip", "surrogate")
 CHAINED = ("reward", "filter", "prepare", "weight", "regularise", "observe", "read_old_logits", "read_logits")
-HOOKS = ("select", "sample", "read_old_logits", "reward", "filter", "advantage", "read_logits", "prepare", "weight",
-         "clip", "surrogate", "regularise", "observe")  # fmt: skip
+HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "read_logits", "prepare",
+         "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
 CURRENT = ("current_logprob", "current_entropy")
 """Statistics of the policy being updated, scored over the whole minibatch for methods with `needs_current`."""
@@ -101,6 +110,8 @@ class Method:
     """True where the loss reads `LossInputs.entropy`."""
     learns_without_advantage: ClassVar[bool] = False
     """True where a response of zero advantage has a gradient all the same, such as through a term in the surrogate."""
+    rescored: ClassVar[bool] = False
+    """True where log-probs recorded while sampling cannot serve as the old ones: `update.recompute_old_logprob`."""
     replaces_reward: ClassVar[bool] = False
     """True where the method's reward stands in place of the task's, instead of being added to it."""
     refill: int = 0
@@ -124,6 +135,18 @@ class Method:
         """Take up the state of a checkpoint."""
         if state:
             raise UserError(f"checkpoint holds state for method '{self.slug}', which keeps none")
+
+    def check_run(self, vocabulary: int, steps: int) -> None:
+        """Asked once the model is loaded. Raises UserError for a setting that this run cannot fulfil."""
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the step just made, by name; logged as `<slug>.<name>`. Asked once per step, after the update;
+        the same in every process."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """One-line messages for the user that have come up since the last call; each only once."""
+        return []
 
     def has(self, hook: str) -> bool:
         """Whether the method implements a hook, or sets the reduction."""
@@ -199,6 +222,17 @@ class Pipeline:
         for method in self.methods:
             for name in method.requires:
                 rollout.require(name, by=method.slug)
+
+    def check_run(self, vocabulary: int, steps: int) -> None:
+        """Let every method refuse what it cannot do with so many words and steps. Raises UserError."""
+        for method in self.methods:
+            method.check_run(vocabulary, steps)
+
+    def temper(self) -> TemperatureRule | None:
+        """How this step's sampling temperature follows entropy; None where it does not."""
+        owner = self.owner("temper")
+        rule: TemperatureRule | None = owner.temper() if owner else None
+        return rule
 
     # -- over the whole rollout ---------------------------------------------------------------------------------
 
@@ -289,6 +323,14 @@ class Pipeline:
         """Tell every method how the step went."""
         for method in self._chain("observe"):
             method.observe(metrics)
+
+    def metrics(self) -> dict[str, float]:
+        """Every method's own figures of the step, as `<slug>.<name>`."""
+        return {f"{m.slug}.{name}": value for m in self.methods for name, value in m.metrics().items()}
+
+    def notices(self) -> list[str]:
+        """What methods have to tell the user since the last call."""
+        return [text for m in self.methods for text in m.notices()]
 
     def _chain(self, hook: str) -> list[Any]:
         return list(self.chains[hook])

@@ -44,6 +44,7 @@ from ..core.losses import Surrogate, clipped_surrogate, importance_ratio
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
 from ..errors import UserError, nearest
+from ._choices import EmptyChoices
 from .base import LossInputs, Method
 
 
@@ -210,6 +211,8 @@ class ClipCov(Method):
 
     def __init__(self, config: ClipCovConfig | None = None) -> None:
         self.config = config or ClipCovConfig()
+        remedy = "no Cov lies between methods.clip_cov.low and high; set low_quantile and high_quantile instead"
+        self.empty = EmptyChoices(self.slug, remedy)
 
     def prepare(self, batch: Rollout, advantage_BT: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """`clip_cov.selected` [B, T], the same tokens whatever the order of rows."""
@@ -223,6 +226,7 @@ class ClipCov(Method):
         candidates = clip_cov_candidates(statistic, mask, low, high, clipped, self.config.closed)
         number = clip_cov_number(int(mask.sum()), self.config.ratio)
         places = select_clip_cov(candidates, number, generator)
+        self.empty.count(len(places), int(mask.sum()))
         return {"clip_cov.selected": _undo_order(places, order, mask)}
 
     def _interval(self, values: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -245,6 +249,14 @@ class ClipCov(Method):
     def surrogate(self, inputs: LossInputs) -> Surrogate:
         """The clipped surrogate without dual clip."""
         return clipped_surrogate(inputs.logprob, inputs.old_logprob, inputs.advantage, inputs.lower, inputs.upper)
+
+    def metrics(self) -> dict[str, float]:
+        """Minibatches without a chosen token."""
+        return self.empty.metrics()
+
+    def notices(self) -> list[str]:
+        """Says once that a choice was empty."""
+        return self.empty.notices()
 
 
 class KLCov(Method):

@@ -128,13 +128,35 @@ class EPO(Method):
         self.config = config or EPOConfig()
         self.regularise_reduction = self.config.reduction
         self.history: list[float] = []
+        self._pending: list[str] = []
+
+    def check_run(self, vocabulary: int, steps: int) -> None:
+        """A phase weight that the run is too short for is said, not refused."""
+        c = self.config
+        if c.phase != "constant" and c.horizon > steps:
+            self._pending = [
+                f"methods.epo.horizon is {c.horizon}, but the run has {steps} steps: the penalty's weight stops on its "
+                f"way at {self._phase_weight(steps):.2f}; set methods.epo.horizon={steps}"
+            ]
+
+    def notices(self) -> list[str]:
+        """Says once that the horizon is longer than the run."""
+        found, self._pending = self._pending, []
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """`reference`, the mean of the history that the corridor of this step stood on, and its `weight`; nan and 0 in
+        the first step."""
+        reference = sum(self.history) / len(self.history) if self.history else math.nan
+        return {"reference": reference, "weight": self.weight_of_penalty}
 
     @property
     def weight_of_penalty(self) -> float:
         """beta_k of the present step, 0 where there is no history."""
-        step, c = len(self.history), self.config
-        if not self.history:
-            return 0.0
+        return self._phase_weight(len(self.history)) if self.history else 0.0
+
+    def _phase_weight(self, step: int) -> float:
+        c = self.config
         if c.phase == "constant":
             return 1.0
         return phase_weight(step, c.horizon, c.gamma) if c.phase == "paper" else released_phase_weight(step, c.horizon)

@@ -5,7 +5,9 @@ r"""HAPO: token entropy as one signal for temperature, advantage and clip range 
 
 over the valid tokens of the minibatch, without gradient. H: entropy in nats; all [B, T]. Four parts, each a switch:
 
-  A  temperature   T = T_base (1 + tau clip(h~, -1, 1)) while sampling, with pivot and scales of the previous rollout
+  A  temperature   T = T_base (1 + tau clip(h~, -1, 1)) of every token while it is sampled, from the entropy of its own
+                   distribution at T_base (the card's T_base is 1), with pivot and scales of the previous rollout;
+                   T_base in the first step
   B  advantage     every token carries its response's reward; A = (r - mean) / (population std + 1e-6) over the tokens
                    of the group; where some |A| >= 5 the group falls back to GRPO's advantage
   C  redistribute  A (1 + h~) where h~ > 0 and r lies outside the zone [1 - eps_low/2, 1 + eps_high/2], and where
@@ -16,7 +18,7 @@ Card: papers/hapo.md. Code compared: starriver030515/HAPO @ 7671dde. The release
 minimum, so its h~ lies in [0, 1] and the most certain token counts like the most uncertain one (`sign: released`);
 `signed` is what the text describes [inferred]. Its zone uses the adapted ranges and open bounds, its statistics a
 micro-batch. Old log-probs are those of the base temperature, as in the release: the tempered sampler is not corrected
-for.
+for (`truncated_importance_sampling` does). The transformers engine records both while it samples.
 
 Presets: `paper` (signed, 0.2 / 0.28, tau 0.1), `released` (its sign, 0.2 / 0.2, tau 0.05), `signed` (released settings
 with the text's sign), `tiny` (paper with the temperature off).
@@ -35,6 +37,7 @@ from ..core.advantages import group_advantage, group_sums
 from ..core.losses import Surrogate, clipped_surrogate, importance_ratio
 from ..core.reduce import Reduction
 from ..core.rollout import Rollout
+from ..core.temperature import TemperatureRule
 from ._settings import check, check_choice
 from .base import LossInputs, Method
 
@@ -167,23 +170,35 @@ class HAPO(Method):
     def __init__(self, config: HAPOConfig | None = None) -> None:
         self.config = config or HAPOConfig()
         self.scale: EntropyScale | None = None
+        self._used: dict[str, Tensor] = {}
 
     def has(self, hook: str) -> bool:
-        """Part B off leaves the advantage to the base."""
-        return super().has(hook) and (hook != "advantage" or self.config.token_advantage)
+        """Part B off leaves the advantage to the base; part A off tempers nothing."""
+        off = {"advantage": not self.config.token_advantage, "temper": not self.config.tau}
+        return super().has(hook) and not off.get(hook, False)
 
-    def temper(self, entropy_B: Tensor, base: float) -> Tensor:
-        """Part A: the temperature of each row, from the entropies [B] at 1. No engine asks for it yet, so that in a run
-        `tau` has no effect."""
-        if self.scale is None or not self.config.tau:
-            return torch.full_like(entropy_B, base)
-        return adaptive_temperature(self.scale.apply(entropy_B, self.config.sign), base, self.config.tau)
+    def temper(self) -> TemperatureRule | None:
+        """Part A: h~ is linear in log H on each side of the pivot, so three knots say it; None before a rollout."""
+        s, tau = self.scale, self.config.tau
+        if s is None or not tau:
+            return None
+        lowest = 1 - tau if self.config.sign == "signed" else 1 + tau
+        knots = s.pivot + s.spread * s.lowest, s.pivot, s.pivot + s.spread * s.highest
+        return TemperatureRule(knots, (lowest, 1.0, 1 + tau))
 
     def filter(self, rollout: Rollout) -> Rollout:
-        """Changes nothing; takes the statistics that the next step's sampler will use."""
-        entropy = rollout.require("token_entropy", by=self.slug)
-        self.scale = entropy_scale(entropy, rollout.mask, self.config.quantile)
+        """Changes nothing; takes the statistics that the next step's sampler will use. Of several generation batches
+        the last one's stand."""
+        entropy, mask = rollout.require("token_entropy", by=self.slug), rollout.mask
+        self.scale = entropy_scale(entropy, mask, self.config.quantile) or self.scale
+        used = rollout.behaviour_temperature[mask]
+        if len(used):
+            self._used = {"temperature": used.mean(), "temperature_min": used.min(), "temperature_max": used.max()}
         return rollout
+
+    def metrics(self) -> dict[str, float]:
+        """Temperatures that the step's tokens were sampled at, where part A is on."""
+        return {name: float(value) for name, value in self._used.items()} if self.config.tau else {}
 
     def advantage(self, rollout: Rollout) -> Tensor:
         """Part B."""

@@ -20,6 +20,7 @@ keeps every token at or above the interpolated quantile. Controls are settings: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -30,6 +31,7 @@ from torch import Tensor
 from ..core.reduce import Reduction, reduction_weights
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
+from ._choices import EmptyChoices
 from ._settings import check, check_choice
 from .base import Method
 
@@ -107,6 +109,10 @@ class HighEntropyTokens(Method):
 
     def __init__(self, config: HighEntropyTokensConfig | None = None) -> None:
         self.config = config or HighEntropyTokensConfig()
+        self.empty = EmptyChoices(
+            self.slug, "none of them has an advantage; raise methods.high_entropy_tokens.ratio or rollout.group_size"
+        )
+        self._selected, self._tokens = 0, 0
 
     def prepare(self, batch: Rollout, advantage_BT: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """`high_entropy_tokens.selected` [B, T], the same tokens whatever the order of rows."""
@@ -124,6 +130,9 @@ class HighEntropyTokens(Method):
             selected = top_mask(values, mask, self.config.ratio)
         placed = torch.empty_like(selected)
         placed[order] = selected
+        live = batch.mask & advantage_BT.ne(0)
+        self.empty.count(int((placed & live).sum()), int(live.sum()))
+        self._selected, self._tokens = self._selected + int(placed.sum()), self._tokens + int(mask.sum())
         return {"high_entropy_tokens.selected": placed}
 
     def weight(self, batch: Rollout, advantage_BT: Tensor) -> Tensor:
@@ -132,3 +141,14 @@ class HighEntropyTokens(Method):
         if self.config.denominator == "all":
             return selected.to(advantage_BT.dtype)
         return selected_weights(selected, batch.mask, "token_mean", advantage_BT.dtype)
+
+    def metrics(self) -> dict[str, float]:
+        """`selected`, the share of the step's tokens that kept their gradient, nan for no token; minibatches in which
+        no such token has an advantage."""
+        share = self._selected / self._tokens if self._tokens else math.nan
+        self._selected, self._tokens = 0, 0
+        return {"selected": share, **self.empty.metrics()}
+
+    def notices(self) -> list[str]:
+        """Says once that a choice was without effect."""
+        return self.empty.notices()

@@ -34,6 +34,7 @@ from ..core.reduce import Reduction
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
 from ..errors import UserError
+from ._choices import EmptyChoices
 from ._settings import bounds, check, check_choice
 from .base import LossInputs, Method
 
@@ -121,11 +122,18 @@ class LpReg(Method):
 
     def __init__(self, config: LpRegConfig | None = None) -> None:
         self.config = config or LpRegConfig()
+        remedy = (
+            "methods.lp_reg.share of those with a negative advantage is one or none, or the proxy leaves out every "
+            "chosen one; raise share, or lower methods.lp_reg.kappa"
+        )
+        self.empty = EmptyChoices(self.slug, remedy)
+
+    def has(self, hook: str) -> bool:
+        """Only the proxy of the policy that sampled is read before the update."""
+        return super().has(hook) and (hook != "read_old_logits" or self.config.proxy == "old")
 
     def read_old_logits(self, log_p_bTV: Tensor, ids_bT: Tensor) -> dict[str, Tensor]:
         """Log-probability of the sampled token under the proxy of the policy that sampled."""
-        if self.config.proxy != "old":
-            return {}
         proxy, _ = proxy_log_p(log_p_bTV, self.config.kappa, self.config.filter)
         return {"lp_reg.proxy": proxy.gather(-1, ids_bT[..., None]).squeeze(-1)}
 
@@ -149,6 +157,7 @@ class LpReg(Method):
         selected = protected_tokens(ranked, advantage_BT[order], batch.mask[order], self.config.share)
         placed = torch.empty_like(selected)
         placed[order] = selected & (logprob < proxy)
+        self.empty.count(int(placed.sum()), int((batch.mask & advantage_BT.lt(0)).sum()))
         return {"lp_reg.selected": placed}
 
     def clip(self, batch: Rollout, advantage_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,3 +177,11 @@ class LpReg(Method):
             divergence = k3_to_proxy(inputs.logprob, proxy.masked_fill(~selected, 0.0), c.clamp)
         loss = torch.where(selected, -inputs.advantage * plain.ratio + c.beta * divergence, plain.loss)
         return Surrogate(loss, plain.ratio, plain.clipped_low & ~selected, plain.clipped_high & ~selected)
+
+    def metrics(self) -> dict[str, float]:
+        """Minibatches without a chosen token."""
+        return self.empty.metrics()
+
+    def notices(self) -> list[str]:
+        """Says once that a choice was empty."""
+        return self.empty.notices()

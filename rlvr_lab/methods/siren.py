@@ -32,6 +32,7 @@ from torch import Tensor
 from ..core.entropy import entropy_of_log, nucleus_entropy
 from ..core.reduce import Reduction
 from ..core.rollout import Rollout
+from ._choices import EmptyChoices
 from ._settings import check, check_choice
 from .base import LossInputs, Method
 
@@ -98,6 +99,8 @@ class Siren(Method):
         self.config = config or SirenConfig()
         self.anchor: float | None = None
         self.coefficient = 0.0  # of the adaptive baseline
+        remedy = "no position lies above its response's quantile; lower methods.siren.quantile"
+        self.empty = EmptyChoices(self.slug, remedy)
 
     def read_logits(self, log_p_bTV: Tensor, ids_bT: Tensor) -> dict[str, Tensor]:
         """The entropy that is regularised, with gradient, and the one that chooses positions."""
@@ -126,6 +129,7 @@ class Siren(Method):
     def prepare(self, batch: Rollout, advantage_BT: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Per position: d term / d H, and the position's share of the term's value; both over the minibatch."""
         mean, weights = self._mean(batch)
+        self.empty.count(int(weights.ne(0).sum()), int(batch.mask.sum()))
         slope, value = self._slope(float(mean))
         # the reduction divides by the responses that are not empty, Hbar by all
         scale = batch.mask.any(1).sum() * weights
@@ -147,6 +151,14 @@ class Siren(Method):
         entropy = inputs.statistics["siren.entropy"]
         slope, value = (inputs.rollout.require(f"siren.{name}", by=self.slug) for name in ("slope", "value"))
         return slope * (entropy - entropy.detach()) + value
+
+    def metrics(self) -> dict[str, float]:
+        """`anchor` H_0, nan before the first rollout; minibatches without a marked position."""
+        return {"anchor": math.nan if self.anchor is None else self.anchor, **self.empty.metrics()}
+
+    def notices(self) -> list[str]:
+        """Says once that no position was marked."""
+        return self.empty.notices()
 
     def state_dict(self) -> dict[str, Any]:
         """Anchor and adaptive coefficient."""

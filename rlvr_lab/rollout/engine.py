@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.rollout import Rollout, pad
+from ..core.temperature import TemperatureRule
 from ..policy.load import Policy
 from .streams import PromptNoise, Streams, at_quantile, prompt_seeds
 
 EVICT_SHARE = 0.1
+BROKEN = "the policy's logits are nan: its weights are broken"
 
 Chunk = list[tuple[Sequence[int], int]]
 """Prompts, each with the number of responses to sample."""
@@ -39,26 +41,41 @@ class Sampling:
     """One random stream for the whole call, or one per prompt (`rollout.streams`)."""
     first: int = 0
     """Place of the first prompt among all prompts of the step; picks the streams of prompts."""
+    temper: TemperatureRule | None = None
+    """Temperature of every token relative to `temperature`, from its entropy there; without effect at temperature 0."""
 
     def at(self, temperature: float) -> Sampling:
         """The same settings at another temperature."""
         return replace(self, temperature=temperature)
 
 
+class Drawn(NamedTuple):
+    """One token per row [B]. `old` and `entropy` are of the sampler's temperature, `logprob` of the token's own."""
+
+    tokens: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    old: Tensor
+    temperature: Tensor
+
+
 class _Tape:
     """What is recorded while sampling: one row per response, one column per step."""
 
-    def __init__(self, rows: int, columns: int, pad_id: int, device: torch.device) -> None:
+    def __init__(self, rows: int, columns: int, pad_id: int, temperature: float, device: torch.device) -> None:
         self.ids = torch.full((rows, columns), pad_id, dtype=torch.long, device=device)
-        self.logprob = torch.zeros(rows, columns, device=device)
-        self.entropy = torch.zeros(rows, columns, device=device)
+        self.logprob, self.entropy, self.old = (torch.zeros(rows, columns, device=device) for _ in range(3))
+        self.temperature = torch.full((rows, columns), float(temperature), device=device)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    def write(self, rows: Tensor, step: int, tokens: Tensor, logprob: Tensor, entropy: Tensor) -> None:
-        self.ids[rows, step] = tokens
-        self.logprob[rows, step] = logprob
-        self.entropy[rows, step] = entropy
+    def write(self, rows: Tensor, step: int, drawn: Drawn, running: Tensor) -> None:
+        """Record the rows of `drawn` that are still running at their places `rows`."""
+        self.ids[rows, step] = drawn.tokens[running]
+        self.logprob[rows, step] = drawn.logprob[running]
+        self.entropy[rows, step] = drawn.entropy[running]
+        self.old[rows, step] = drawn.old[running]
+        self.temperature[rows, step] = drawn.temperature[running]
         self.length[rows] = step + 1
 
 
@@ -107,7 +124,9 @@ class TransformersEngine:
         """`group_size` responses to each prompt as one rollout; rows of a prompt are adjacent and share a group id.
 
         `old_logprob` and the statistic `token_entropy` are those recorded while sampling, exact at the sampling
-        temperature. `report(rows)` is called as responses are completed.
+        temperature. Under `sampling.temper` they stay those of `sampling.temperature`, the policy's; only
+        `behaviour_logprob` is of the token's own, which `behaviour_temperature` names. `report(rows)` is called as
+        responses are completed.
         Raises ValueError for an empty prompt.
         """
         for i, prompt in enumerate(prompts):
@@ -132,13 +151,14 @@ class TransformersEngine:
         device = self.policy.device
         counts = torch.tensor([n for _, n in chunk], device=device)
         logits, cache, mask = self._prefill([p for p, _ in chunk], counts)
-        tape = _Tape(len(logits), sampling.max_tokens, self.policy.pad_id, device)
+        tape = _Tape(len(logits), sampling.max_tokens, self.policy.pad_id, sampling.temperature, device)
         alive = torch.arange(len(logits), device=device)  # place on the tape of each row still in the cache
         running = torch.ones_like(alive, dtype=torch.bool)
         for step in range(sampling.max_tokens):
             now = source if isinstance(source, torch.Generator) else source[alive, step]
-            tokens, logprob, entropy = draw(logits, sampling.temperature, now)
-            tape.write(alive[running], step, tokens[running], logprob[running], entropy[running])
+            drawn = draw_tempered(logits, sampling.temperature, now, sampling.temper)
+            tokens = drawn.tokens
+            tape.write(alive[running], step, drawn, running)
             ends = running & torch.isin(tokens, self._eos)
             tape.finished[alive[ends]] = True
             running = running & ~ends
@@ -195,7 +215,10 @@ class TransformersEngine:
         length = torch.cat([t.length for t in tapes])
         longest = int(length.max())
         response_mask = torch.arange(longest, device=device)[None] < length[:, None]
-        logprob = torch.cat([t.logprob for t in tapes])[:, :longest]
+
+        def taken(name: str) -> Tensor:
+            return torch.cat([getattr(t, name) for t in tapes])[:, :longest]
+
         return Rollout(
             prompt_id=torch.tensor(problem_ids, device=device)[group],
             group_id=group.to(device),
@@ -203,13 +226,14 @@ class TransformersEngine:
             policy_version=torch.full((len(group),), version, device=device),
             prompt_ids=pad(repeated, self.policy.pad_id, torch.long, left=True).to(device),
             prompt_mask=pad([[1] * len(p) for p in repeated], 0, torch.bool, left=True).to(device),
-            response_ids=torch.cat([t.ids for t in tapes])[:, :longest],
+            response_ids=taken("ids"),
             response_mask=response_mask,
             action_mask=response_mask.clone(),
-            behaviour_logprob=logprob,
-            behaviour_temperature=torch.full_like(logprob, sampling.temperature),
-            old_logprob=logprob.clone(),
-            statistics={"token_entropy": torch.cat([t.entropy for t in tapes])[:, :longest]},
+            behaviour_logprob=taken("logprob"),
+            behaviour_temperature=taken("temperature"),
+            policy_temperature=None if sampling.temper is None else sampling.temperature,
+            old_logprob=taken("old"),
+            statistics={"token_entropy": taken("entropy")},
         )
 
 
@@ -222,19 +246,44 @@ def draw(logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor
     Raises FloatingPointError where the policy's logits are not finite.
     """
     if bool(logits_BV.isnan().any()):
-        raise FloatingPointError("the policy's logits are nan: its weights are broken")
+        raise FloatingPointError(BROKEN)
     if temperature == 0:
         zeros = torch.zeros(len(logits_BV), device=logits_BV.device)
         return logits_BV.argmax(-1), zeros, zeros
     log_p = torch.log_softmax(logits_BV / temperature, -1)
     p = log_p.exp()
-    if isinstance(source, torch.Generator):
-        race = torch.empty_like(p).exponential_(generator=source).clamp_min(torch.finfo(p.dtype).tiny)
-        tokens = (p / race).argmax(-1)
-    else:
-        tokens = at_quantile(p, source)
-    entropy = -(p * log_p.clamp_min(torch.finfo(p.dtype).min)).sum(-1)
-    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1), entropy
+    tokens = _pick(p, source)
+    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1), entropy_of(p, log_p)
+
+
+def draw_tempered(
+    logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor, rule: TemperatureRule | None
+) -> Drawn:
+    """`draw`, each row at its own temperature where a rule sets one from the row's entropy at `temperature`."""
+    if rule is None or temperature == 0:
+        tokens, logprob, entropy = draw(logits_BV, temperature, source)
+        return Drawn(tokens, logprob, entropy, logprob, torch.full_like(logprob, temperature))
+    if bool(logits_BV.isnan().any()):
+        raise FloatingPointError(BROKEN)
+    log_p = torch.log_softmax(logits_BV / temperature, -1)
+    entropy = entropy_of(log_p.exp(), log_p)
+    factor = rule.factors(entropy)
+    own = torch.log_softmax(log_p / factor[:, None], -1)
+    tokens = _pick(own.exp(), source)
+    logprob, old = (x.gather(-1, tokens[:, None]).squeeze(-1) for x in (own, log_p))
+    return Drawn(tokens, logprob, entropy, old, temperature * factor)
+
+
+def _pick(p_BV: Tensor, source: torch.Generator | Tensor) -> Tensor:
+    if not isinstance(source, torch.Generator):
+        return at_quantile(p_BV, source)
+    race = torch.empty_like(p_BV).exponential_(generator=source).clamp_min(torch.finfo(p_BV.dtype).tiny)
+    return (p_BV / race).argmax(-1)
+
+
+def entropy_of(p_BV: Tensor, log_p_BV: Tensor) -> Tensor:
+    """Entropy [B] in nats; words of probability 0 count nothing."""
+    return -(p_BV * log_p_BV.clamp_min(torch.finfo(log_p_BV.dtype).min)).sum(-1)
 
 
 def _chunks(prompts: Sequence[Sequence[int]], group_size: int, rows: int) -> Iterator[Chunk]:

@@ -51,10 +51,11 @@ def make_engine(
     *,
     replica: bool = False,
     prompts: Sequence[Sequence[int]] = (),
+    tempers: bool = False,
 ) -> Engine:
     """The engine `rollout.engine`. `policy` is sampled from; `replica` says that the trainer holds another module,
     whose weights come by `sync`. `settings`: the section `rollout.vllm`. `prompts`: some of the run's, on which a sync
-    is checked before anything was sampled.
+    is checked before anything was sampled. `tempers`: `Sampling.temper` will be used.
 
     Raises UserError where vLLM is missing or unsupported.
     """
@@ -62,5 +63,5 @@ def make_engine(
         return TransformersEngine(policy, replica=replica)
     from .vllm import VllmEngine
 
-    engine: Engine = VllmEngine(policy, settings, prompts=prompts)
+    engine: Engine = VllmEngine(policy, settings, prompts=prompts, tempers=tempers)
     return engine

@@ -11,6 +11,9 @@ What vLLM gives and what it does not:
   whatever else is in flight, as far as the platform's arithmetic does not depend on the batch: on the CPU in float32 it
   was seen to hold, on GPUs it holds with vLLM's batch-invariant kernels only.
 
+Under `Sampling.temper` every token has a temperature of its own (`vllm_temper`), which the rollout records; a server
+cannot tell, and is refused.
+
 A sync is not believed: afterwards a few responses are sampled and scored by the trainer too, and a mean difference
 above `rollout.vllm.sync_tolerance` stops the run. One small step changes log-probs by less than any such bound, so the
 first sync is also proven to reach the output head, where it was seen to fail: with the head doubled, sampling at
@@ -23,6 +26,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +39,7 @@ from ..policy.load import Policy
 from .engine import Sampling
 from .streams import prompt_seeds
 from .vllm_backend import Backend, Request, Sample, SyncReport
-from .vllm_settings import VllmSection
+from .vllm_settings import NO_TEMPER, VllmSection
 
 PROBE_TOKENS = 16
 
@@ -48,7 +52,8 @@ class VllmEngine:
 
     `prompts` are those on which a sync is checked before the first sample; without, the end token alone starts a
     response. `scorer` gives the trainer's log-probs, by default those of `policy.model`. Where that model is sharded,
-    scoring is collective: every process must then sync together. `backend` is for tests.
+    scoring is collective: every process must then sync together. `tempers`: `Sampling.temper` will be used. `backend`
+    is for tests.
     Raises UserError where vLLM is missing or unsupported, cannot start, or cannot be reached.
     """
 
@@ -59,11 +64,12 @@ class VllmEngine:
         *,
         prompts: Sequence[Sequence[int]] = (),
         scorer: Scorer | None = None,
+        tempers: bool = False,
         backend: Backend | None = None,
     ) -> None:
         self.policy, self.settings = policy, settings or VllmSection()
         self.scorer = scorer or (lambda rollout: scored(policy.model, rollout, len(rollout))[0])
-        self.backend = backend or make_backend(policy, self.settings)
+        self.backend = backend or make_backend(policy, self.settings, tempers)
         self.stop_ids = tuple(dict.fromkeys((*policy.eos_ids, *self.settings.stop_token_ids)))
         self._probe_prompts: list[Sequence[int]] = list(prompts) or [(policy.eos_ids[0],)]
         self._probe_temperature = 1.0
@@ -115,7 +121,8 @@ class VllmEngine:
         Raises UserError where temperatures differ, because a response is scored at one.
         """
         kept = torch.minimum(lengths.to(rollout.lengths), rollout.lengths)
-        used = rollout.behaviour_temperature[rollout.mask]
+        base = rollout.policy_temperature
+        used = rollout.behaviour_temperature[rollout.mask] if base is None else torch.tensor([base])
         if bool(used.ne(sampling.temperature).any()):
             raise UserError(
                 f"responses of temperature {float(used[0])} cannot be continued at rollout.temperature "
@@ -130,7 +137,9 @@ class VllmEngine:
         samples = list(starts)
         for i, (more,) in zip(open_rows, self._generate(requests), strict=True):
             start = starts[i]
-            samples[i] = Sample(start.ids + more.ids, start.logprob + more.logprob, more.finished)
+            own = [sampling.temperature] * len(more.ids) if more.temperature is None else more.temperature
+            joined_temperature = (start.temperature or []) + own
+            samples[i] = Sample(start.ids + more.ids, start.logprob + more.logprob, more.finished, joined_temperature)
         joined = self._as_rollout(
             [[s] for s in samples], prompts, rollout.prompt_id.tolist(), [sampling] * len(prompts)
         )
@@ -139,18 +148,20 @@ class VllmEngine:
             policy_version=rollout.policy_version.clamp_max(version),
             parent_id=torch.arange(len(rollout), device=rollout.group_id.device),
             prefix_length=kept,
+            policy_temperature=base if sampling.temper is None else sampling.temperature,
         )
 
     def _kept(self, rollout: Rollout, row: int, length: int) -> Sample:
         ids = rollout.response_ids[row, :length].tolist()
         ended = bool(rollout.finished[row]) and length == int(rollout.lengths[row])
-        return Sample(ids, rollout.behaviour_logprob[row, :length].tolist(), ended)
+        temperature = rollout.behaviour_temperature[row, :length].tolist()
+        return Sample(ids, rollout.behaviour_logprob[row, :length].tolist(), ended, temperature)
 
     def _is_open(self, start: Sample, most: int) -> bool:
         return not start.finished and len(start.ids) < most
 
     def _continue(self, prompt: list[int], start: Sample, sampling: Sampling, seed: int) -> Request:
-        left = Sampling(sampling.temperature, sampling.max_tokens - len(start.ids))
+        left = replace(sampling, max_tokens=sampling.max_tokens - len(start.ids))
         return self._request(prompt + start.ids, 1, left, seed)
 
     def _request(self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int) -> Request:
@@ -163,7 +174,8 @@ class VllmEngine:
                 "rollout.vllm.max_model_len"
             )
         # the last seeds of a group must stay inside 63 bits
-        return Request(prompt, n, sampling.temperature, sampling.max_tokens, seed >> 1, self.stop_ids)
+        temper = sampling.temper if sampling.temperature else None
+        return Request(prompt, n, sampling.temperature, sampling.max_tokens, seed >> 1, self.stop_ids, temper)
 
     def _generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
         groups = self.backend.generate(requests) if requests else []
@@ -188,6 +200,8 @@ class VllmEngine:
         mask = pad([[1] * len(s.ids) for s in samples], 0, torch.bool).to(device)
         temperature = torch.tensor([s.temperature for s in each])[group].to(device)
         logprob = pad([s.logprob for s in samples], 0.0, torch.float32).to(device)
+        own = [s.temperature or [base] * len(s.ids) for s, base in zip(samples, temperature.tolist(), strict=True)]
+        tempered = any(s.temper is not None for s in each)
         return Rollout(
             prompt_id=torch.tensor(problem_ids)[group].to(device),
             group_id=group.to(device),
@@ -200,7 +214,8 @@ class VllmEngine:
             action_mask=mask.clone(),
             # a greedy choice is a point mass: log-prob 0, as the transformers engine records it
             behaviour_logprob=logprob * temperature.ne(0)[:, None],
-            behaviour_temperature=temperature[:, None].expand_as(logprob).clone(),
+            behaviour_temperature=pad(own, 0.0, torch.float32).to(device).where(mask, temperature[:, None]),
+            policy_temperature=each[0].temperature if tempered else None,
         )
 
     # -- weights --------------------------------------------------------------------------------------------------
@@ -324,12 +339,15 @@ def _names(name: str, key: str) -> bool:
     return name == key or name.endswith(f".{key}")
 
 
-def make_backend(policy: Policy, settings: VllmSection) -> Backend:
-    """A running server where `server` names one, else vLLM in this process."""
+def make_backend(policy: Policy, settings: VllmSection, tempers: bool = False) -> Backend:
+    """A running server where `server` names one, else vLLM in this process. Raises UserError for a server that would
+    have to temper."""
+    if settings.server is not None and tempers:
+        raise UserError(NO_TEMPER)
     if settings.server is not None:
         from .vllm_server import ServerVllm
 
         return ServerVllm(policy, settings)
     from .vllm_colocated import ColocatedVllm
 
-    return ColocatedVllm(policy, settings)
+    return ColocatedVllm(policy, settings, tempers)

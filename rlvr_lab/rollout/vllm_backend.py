@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..core.temperature import TemperatureRule
+
 
 @dataclass(frozen=True)
 class Request:
@@ -22,16 +24,20 @@ class Request:
     seed: int
     """Of the first response; response i is drawn with `seed + i`, whatever else is in flight."""
     stop_ids: tuple[int, ...]
+    temper: TemperatureRule | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: token ids with their log-probs in nats at the request's temperature, the end token included."""
+    """One response: token ids with their log-probs in nats at the temperature they were sampled at, the end token
+    included."""
 
     ids: list[int]
     logprob: list[float]
     finished: bool
     """False where the length limit cut it."""
+    temperature: list[float] | None = None
+    """Of every token, where the request had a rule; else it is the request's."""
 
 
 class Backend(Protocol):

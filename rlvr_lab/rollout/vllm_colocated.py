@@ -9,7 +9,8 @@ pins threads and disables `torch.set_num_threads`, and it seeds the global gener
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ MOST_RESPONSES = 256  # in flight at once; vLLM queues the rest
 
 
 class ColocatedVllm:
-    """A `vllm.LLM` that serves the directory of a policy.
+    """A `vllm.LLM` that serves the directory of a policy. `tempers`: requests may carry a temperature rule.
 
     Raises UserError where vLLM is missing or of an unsupported version, and where it cannot start.
     """
 
-    def __init__(self, policy: Policy, settings: VllmSection) -> None:
+    def __init__(self, policy: Policy, settings: VllmSection, tempers: bool = False) -> None:
         check_version(installed_version(), "the installed vLLM")
+        self.tempers = tempers
         own = str(policy.model.dtype).removeprefix("torch.")
         self.dtype = own if settings.dtype == "auto" else settings.dtype
         self.vllm = _import_vllm(settings)
@@ -63,6 +65,10 @@ class ColocatedVllm:
         }
         if settings.max_model_len is not None:
             options["max_model_len"] = settings.max_model_len
+        if self.tempers:
+            from .vllm_temper import EntropyTemper
+
+            options["logits_processors"] = [EntropyTemper]
         if not on_cpu:
             options["gpu_memory_utilization"] = settings.gpu_memory
         if settings.lora_rank:
@@ -76,14 +82,41 @@ class ColocatedVllm:
             raise UserError(f"vLLM cannot serve '{path}': {_last_line(error)}; see rollout.vllm.*") from error
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """See `Backend`."""
+        """See `Backend`. Raises UserError for a rule where the engine was started without."""
+        if any(r.temper is not None for r in requests):
+            return self._generate_tempered(requests)
         prompts = [{"prompt_token_ids": list(r.prompt)} for r in requests]
-        settings = [self._settings(r) for r in requests]
-        outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
+        outputs = self._run(prompts, [self._settings(r) for r in requests])
         return [
             [_sample(o) for o in output.outputs] * (1 if request.temperature else request.n)
             for request, output in zip(requests, outputs, strict=True)
         ]
+
+    def _run(self, prompts: list[Any], settings: list[Any]) -> list[Any]:
+        outputs: list[Any] = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self._adapter)
+        return outputs
+
+    def _generate_tempered(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """One request per response, so that each has a number by which its temperatures are found."""
+        if not self.tempers:
+            raise UserError(
+                "this vLLM was started for sampling at one temperature; name the method that tempers in `methods`"
+            )
+        from .vllm_temper import request_arguments, take_factors
+
+        single = [(i, replace(r, n=1, seed=r.seed + j)) for i, r in enumerate(requests) for j in range(r.n)]
+        settings = [self._settings(r) for _, r in single]
+        for number, ((_, request), own) in enumerate(zip(single, settings, strict=True)):
+            if request.temper is not None and request.temperature:
+                own.extra_args = request_arguments(request.temper, number)
+        outputs = self._run([{"prompt_token_ids": list(r.prompt)} for _, r in single], settings)
+        samples: list[list[Sample]] = [[] for _ in requests]
+        for (i, request), output, factors in zip(single, outputs, take_factors(len(single)), strict=True):
+            sample = _sample(output.outputs[0])
+            if request.temper is not None and request.temperature:
+                sample = replace(sample, temperature=_temperatures(request, sample, factors))
+            samples[i].append(sample)
+        return samples
 
     def _settings(self, request: Request) -> Any:
         return self.vllm.SamplingParams(
@@ -151,6 +184,12 @@ def _sample(output: Any) -> Sample:
     ids = list(output.token_ids)
     logprob = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
     return Sample(ids, logprob, output.finish_reason == "stop")
+
+
+def _temperatures(request: Request, sample: Sample, factors: Mapping[int, float]) -> list[float]:
+    if not all(place in factors for place in range(len(sample.ids))):
+        raise RuntimeError("vLLM sampled in another process than this one: temperatures of its tokens are unknown")
+    return [request.temperature * factors[place] for place in range(len(sample.ids))]
 
 
 def _last_line(error: Exception) -> str:

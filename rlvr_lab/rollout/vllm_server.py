@@ -34,7 +34,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..policy.load import Policy
 from .vllm_backend import Request, Sample
-from .vllm_settings import VllmSection, check_version, installed_version
+from .vllm_settings import NO_TEMPER, VllmSection, check_version, installed_version
 
 CONNECTIONS = 64
 SHARD_BYTES = 2 << 30
@@ -85,6 +85,8 @@ class ServerVllm:
             return list(pool.map(self._complete, requests))
 
     def _complete(self, request: Request) -> list[Sample]:
+        if request.temper is not None:
+            raise UserError(NO_TEMPER)
         body = {
             "model": self.model,
             "prompt": list(request.prompt),

@@ -24,6 +24,11 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 programs agree within 1e-6 and a bfloat16 one within 0.01; the half-precision bound is a choice, wider than rounding and
 far below a head that does not follow."""
 
+NO_TEMPER = (
+    "rollout.vllm.server cannot sample at a temperature per token, because vLLM's answers do not tell which one a "
+    "token had; unset rollout.vllm.server to sample in the trainer's process, or rollout.engine: transformers"
+)
+
 
 class VllmSection(BaseModel):
     """How vLLM samples: in this process (`server` unset), or in a server that is already running."""

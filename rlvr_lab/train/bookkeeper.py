@@ -170,8 +170,11 @@ _PROBE = ("prompt_id", "group_id", "finished", "policy_version", "prompt_ids", "
 
 
 def _bare(rollout: Rollout) -> Rollout:
-    """Only what a forward pass needs, so that rollouts of different origin can be joined."""
-    return Rollout(**{name: getattr(rollout, name) for name in _PROBE})
+    """Only what a forward pass needs, at the policy's own temperature: rollouts of different origin can be joined."""
+    bare = {name: getattr(rollout, name) for name in _PROBE}
+    if rollout.policy_temperature is not None:
+        bare["behaviour_temperature"] = torch.full_like(rollout.behaviour_temperature, rollout.policy_temperature)
+    return Rollout(**bare)
 
 
 def _mean(entropy: Tensor, rollout: Rollout) -> float:

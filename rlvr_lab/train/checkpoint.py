@@ -233,7 +233,7 @@ def _random_state() -> dict[str, Any]:
         "numpy": [name, numpy.asarray(keys).tolist(), *rest],
         "torch": _text(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # asking starts CUDA in a run that does without it
         state["cuda"] = _text(torch.cuda.get_rng_state())
     return state
 

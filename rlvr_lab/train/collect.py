@@ -14,6 +14,7 @@ import torch
 
 from ..core.rollout import Rollout
 from ..core.rows import concatenate
+from ..core.temperature import TemperatureRule
 from ..methods.base import Pipeline
 from ..policy.forward import score
 from ..policy.load import Policy
@@ -47,12 +48,15 @@ class Collector:
     clock: Clock
     generated: dict[str, float] = field(default_factory=dict)
     """Tokens and batches generated in the last step."""
+    temper: TemperatureRule | None = None
+    """How this step's temperature follows entropy: one rule for all its generation batches."""
 
     def collect(self, step: int, check: bool) -> Rollout:
         """A graded rollout that is ready for advantages. `check`: fail where a method needs a field that it lacks.
 
         Raises TrainingStopped where nothing is left to learn from, or the policy's weights are broken.
         """
+        self.temper = self.pipeline.temper()
         rollout = self._graded(step, 0)
         if check:
             self.pipeline.check(rollout)
@@ -139,7 +143,7 @@ class Collector:
         own = [rows[i] for i in share]
         purpose = f"rollout {attempt}" if attempt else "rollout"
         generator = torch_generator(self.config.seed, purpose, step, self.device)
-        sampling = sampling_of(self.config, first=share.start)
+        sampling = replace(sampling_of(self.config, first=share.start), temper=self.temper)
         sample = sampler.sample if sampler else type(self.engine).sample
         rollout: Rollout = sample(
             self.engine,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..errors import UserError, nearest
 from ..methods import build, load_class
 from ..policy.load import DTYPES
-from ..rollout.vllm_settings import VllmSection
+from ..rollout.vllm_settings import NO_TEMPER, VllmSection
 from ..tasks.benchmarks import benchmark
 
 Positive = Annotated[int, Field(gt=0)]
@@ -254,6 +254,19 @@ class TrainConfig(Section):
             raise ValueError(f"update.minibatches is {self.update.minibatches}, but a step has {responses} responses")
         for slug, settings in self.methods.items():
             build(slug, settings)
+        return self
+
+    @model_validator(mode="after")
+    def _methods_fit_the_sampling(self) -> TrainConfig:
+        for slug, settings in self.methods.items():
+            method = build(slug, settings)
+            if (method.rescored or method.has("read_old_logits")) and not self.update.recompute_old_logprob:
+                raise ValueError(
+                    f"method '{slug}' needs figures of the policy that sampling does not record: set "
+                    "update.recompute_old_logprob=true"
+                )
+            if method.has("temper") and self.rollout.engine == "vllm" and self.rollout.vllm.server is not None:
+                raise ValueError(f"method '{slug}': {NO_TEMPER}")
         return self
 
     @model_validator(mode="after")

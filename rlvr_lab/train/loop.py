@@ -146,9 +146,7 @@ class Trainer:
         self._sync_metrics: dict[str, float] = {}
         prompts = self.problems.prompts[: self.config.rollout.vllm.probe_responses]
         tempers = self.pipeline.owner("temper") is not None
-        return make_engine(
-            name, policy, self.config.rollout.vllm, replica=replica, prompts=prompts, tempers=tempers
-        )
+        return make_engine(name, policy, self.config.rollout.vllm, replica=replica, prompts=prompts, tempers=tempers)
 
     def _make_bookkeeper(self) -> Bookkeeper | None:
         """The ledger, with held-out responses of the starting policy; a checkpoint brings its own."""

@@ -59,11 +59,16 @@ def sampler_metrics(
     token and before any cap: `importance_weight_mean`, 1 in expectation, and `importance_weight_ess`, the effective
     share of the tokens (sum w)^2 / (n sum w^2). `importance_weight_truncated` is the share of tokens above the cap of
     the method that corrects with them, nan where none does. All are nan where old log-probs are the recorded ones,
-    because then nothing is compared. `staleness` is the mean number of steps since the policy that sampled.
+    because then nothing is compared. A token that was sampled at another temperature than the policy's on purpose
+    (`Rollout.policy_temperature`) is left out: its difference is meant. `staleness` is the mean number of steps since
+    the policy that sampled.
     """
     found = dict.fromkeys(MISMATCH, math.nan)
     if rollout.old_logprob is not None:
-        difference = (rollout.behaviour_logprob - rollout.old_logprob)[rollout.mask].double()
+        compared = rollout.mask
+        if rollout.policy_temperature is not None:
+            compared = compared & rollout.behaviour_temperature.eq(rollout.policy_temperature)
+        difference = (rollout.behaviour_logprob - rollout.old_logprob)[compared].double()
         if bool(difference.ne(0).any()):
             found = _mismatch(difference, importance_cap)
     return found | {

@@ -33,6 +33,8 @@ TOLERANCE = 1e-5
 SCENARIOS = {
     "plain": ["evaluation.problems=3", "evaluation.samples=2", "evaluation.every=3"],
     "composition": ["methods.clip_cov={}", "methods.kl_reference={}", "update.recompute_old_logprob=true"],
+    "tempered": ["methods.hapo={preset: paper}"],
+    "again": ["methods.arbitrary_entropy={preset: tiny}", "update.recompute_old_logprob=true", "rollout.prompts=6"],
     "refill": ["methods.dynamic_sampling={}", "rollout.prompts=3", "rollout.max_tokens=32"],
     "every row": [
         "as it is",
