@@ -3,7 +3,7 @@
     python benchmarks/arms.py --list
     python benchmarks/arms.py --arms kl_cov --arms kl_cov_random --seeds 3 --jobs 2
 
-An arm is the recipe `grpo/tiny` with a few settings changed; seeds, problems and the number of responses learned from
+An arm is the recipe `arena/tiny` with a few settings changed; seeds, problems and the number of responses learned from
 are matched (dynamic sampling generates more: `generated_tokens`). Results are added to `book/data/arms.json`: arms that
 are already there and not asked for again stay.
 """
@@ -81,9 +81,10 @@ def one_run(arm: str, seed: int, steps: int, samples: int) -> dict[str, Any]:
     from rlvr_lab.train.loop import Trainer
 
     settings = [f"seed={seed}", f"steps={steps}", f"evaluation.samples={samples}", "logging.tensorboard=false",
+                "evaluation.problems=96", "evaluation.every=0",
                 "logging.samples=0", *ARMS[arm]]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix=f"arm_{arm}_{seed}_") as folder:
-        trainer = Trainer(load_config("grpo/tiny", settings), Path(folder) / "run")
+        trainer = Trainer(load_config("arena/tiny", settings), Path(folder) / "run")
         rows, evaluations = [], []
         for step in range(steps):
             metrics = trainer.step(step)
@@ -139,7 +140,7 @@ def main(
     record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"arms": {}}
     origin = {"date": time.strftime("%Y-%m-%d"), "machine": machine() | {"threads": 1}}
     if "base" not in record:
-        record |= origin | {"command": "python benchmarks/arms.py", "recipe": "grpo/tiny", "problems": 96}
+        record |= origin | {"command": "python benchmarks/arms.py", "recipe": "arena/tiny", "problems": 96}
         record |= {"samples": samples, "base": base_evaluation(samples)}
     if record["samples"] != samples:
         raise typer.BadParameter(f"{out} holds evaluations of {record['samples']} samples; use that, or another --out")

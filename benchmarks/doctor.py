@@ -203,7 +203,7 @@ class Plant:
     fault: str | None
     settings: tuple[str, ...]
     methods: tuple[Callable[[], Method], ...] = ()
-    recipe: str = "grpo/tiny"
+    recipe: str = "arena/tiny"
     pool: str | None = None
     seeds: int | None = None
     after: str | None = None

@@ -50,13 +50,13 @@ class Run:
 
 
 RUNS = {
-    "healthy": Run("grpo/tiny", "nothing", ("steps=80",)),
+    "healthy": Run("arena/tiny", "nothing", ("steps=80",)),
     "majority": Run(
-        "grpo/tiny", "the reward pays for agreeing with the group's most frequent answer", ("steps=60",),
+        "arena/tiny", "the reward pays for agreeing with the group's most frequent answer", ("steps=60",),
         (MajorityReward,),
     ),
     "truncated": Run(
-        "grpo/tiny", "the sampler draws with top-p 0.8 and reports renormalised log-probs", ("steps=60",),
+        "arena/tiny", "the sampler draws with top-p 0.8 and reports renormalised log-probs", ("steps=60",),
         (NucleusSampler,),
     ),
     "length": Run(
@@ -66,7 +66,7 @@ RUNS = {
         (LengthReward,),
     ),
     "stale": Run(
-        "grpo/tiny", "responses are eight steps old, as behind a slow queue",
+        "arena/tiny", "responses are eight steps old, as behind a slow queue",
         ("steps=32", "rollout.prompts=8", "rollout.group_size=8", "evaluation.samples=16", "evaluation.every=16"),
         (StaleSampler,),
     ),

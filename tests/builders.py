@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from rlvr_lab.core.rollout import Rollout
+from rlvr_lab.methods.arbitrary_entropy import EXTRA
+from rlvr_lab.methods.base import Pipeline
+from rlvr_lab.policy.forward import score
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
 from rlvr_lab.tasks import countdown
@@ -81,6 +84,25 @@ def sampled_rollout(policy: Policy, prompts: int = 4, group_size: int = 4, seed:
     reward[::group_size], reward[1::group_size] = 0.0, 1.0
     reward[:group_size] = 1.0
     return rollout.with_(reward=reward, response_mask=mask, action_mask=mask)
+
+
+def ready_rollout(model: Any, rollout: Rollout, pipeline: Pipeline) -> Rollout:
+    """A graded rollout with everything that a composition may ask for, filtered as before an update.
+
+    Old log-probs are the model's own, moved at random, so that ratios lie on both sides of 1; the reference's too. The
+    last quarter of the rows is marked as drawn at another temperature, as `arbitrary_entropy` draws them.
+    """
+    right = rollout.require("reward", by="ready_rollout") > 0
+    generator = torch.Generator().manual_seed(5)
+    extra = (torch.arange(len(rollout)) >= len(rollout) * 3 // 4).float()[:, None].expand(rollout.response_ids.shape)
+    rollout = score(model, rollout, 8, read=pipeline.reader(old=True))
+    old, outside = rollout.require("old_logprob", by="ready_rollout"), ~rollout.mask
+    moved, reference = (old + s * torch.randn(old.shape, generator=generator) for s in (0.1, 0.3))
+    ready = rollout.with_(
+        old_logprob=moved.masked_fill(outside, 0.0), correct=right, policy_temperature=1.0
+    ).with_statistics(ref_logprob=reference.masked_fill(outside, 0.0), **{EXTRA: extra})
+    pipeline.check(ready)
+    return pipeline.filter(ready)
 
 
 def byte_level_qwen2(where: Path) -> Path:

@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from ..arena.contest import Contest, Job
     from ..arena.results import Results
 
-arena = typer.Typer(
-    help="Compare methods with each other and with their controls under equal conditions.",
-    invoke_without_command=True,
-    rich_markup_mode="markdown",
-)
+arena = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 
 
 @arena.callback()
@@ -44,7 +40,9 @@ def run(
     threads: Annotated[int, typer.Option(help="Threads of each run.", min=1)] = 1,
     catalogue: Annotated[bool, typer.Option("--list", help="List the arms of the catalogue, then stop.")] = False,
 ) -> None:
-    """Run arms with matched seeds, budget and evaluations. GRPO, stopped early, is always among them.
+    """Compare methods with each other and with their controls under equal conditions.
+
+    Seeds, budget and evaluations are matched; GRPO, stopped early, is always among the arms.
 
     Two methods with their controls on the tiny lab, about two minutes a run and core:
 
@@ -73,6 +71,35 @@ def run(
         settings += [f"methods.grpo.clip_low={clip}", f"methods.grpo.clip_high={clip}"] if clip is not None else []
         contest = Contest(recipe, tuple(settings), budget_tokens, reference_every)
         _run(contest, _names(methods), list(range(seeds)), out, controls, jobs, threads)
+
+
+@arena.command("report")
+def report(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER_OR_FILE", help="A contest's folder, or its results file.", exists=True)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page; `arena.html` beside the results.", show_default=False),
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="Arms drawn at first, separated like --methods.", show_default=False)
+    ] = None,
+) -> None:
+    """Write one self-contained page of a contest: curves, frontier, tables at matched steps and matched accuracy.
+
+    Examples:
+
+        rlvr-lab arena report runs/arena
+
+        rlvr-lab arena report results.json --arms kl_cov,kl_cov_random --out page.html
+
+    The page needs no network, and any of its arms can be switched on and off there.
+    """
+    with user_errors():
+        from ..arena.report import write_arena_report
+
+        typer.echo(f"page: {write_arena_report(source, out, _names(arms or ''))}")
 
 
 def _names(methods: str) -> list[str]:

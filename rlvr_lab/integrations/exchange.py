@@ -32,6 +32,7 @@ Methods = Mapping[str, Mapping[str, Any] | None] | Sequence[Method | str | Mappi
 NOT_IN_TRL = {
     "select": "it chooses problems, and TRL's sampler deals the dataset",
     "sample": "it samples in its own way, and TRL generates",
+    "temper": "it sets the temperature of every token while sampling, and TRL generates at one",
     "read_logits": "TRL's forward pass does not keep the whole distribution of a token",
     "read_old_logits": "TRL's forward pass does not keep the whole distribution of a token",
 }
@@ -58,11 +59,15 @@ def pipeline_of(methods: Methods) -> Pipeline:
 
 
 def unsupported(pipeline: Pipeline) -> str | None:
-    """Why TRL cannot carry a composition, with the method and the reason; None where it can."""
+    """Why TRL cannot carry a composition, with the method and the reason; None where it can.
+
+    Of the registered methods it cannot carry `arbitrary_entropy`, `lp_reg` and `siren`, and `hapo` only with tau 0.
+    """
     for method in pipeline.methods:
         for hook, reason in NOT_IN_TRL.items():
             if method.has(hook):
-                return f"TRL cannot carry '{method.slug}': {reason} (hook '{hook}'); use rlvr-lab train"
+                instead = f"switch it off (methods.{method.slug}.tau: 0) or use" if hook == "temper" else "use"
+                return f"TRL cannot carry '{method.slug}': {reason} (hook '{hook}'); {instead} rlvr-lab train"
         for field in method.requires:
             if field not in CARRIED:
                 return f"TRL cannot carry '{method.slug}': it needs '{field}', which TRL's generation batch lacks"

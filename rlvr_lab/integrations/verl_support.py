@@ -7,6 +7,7 @@ sees everything our loop sees.
 | | our loop | tier A | tier B |
 |---|---|---|---|
 | `select`, `sample` | yes | verl's dataset and agent loop | verl's dataset and agent loop |
+| `temper` | yes | no: verl samples at one temperature | no |
 | `reward`, `filter` | yes | verl's reward function, `algorithm.filter_groups` | yes; no refill |
 | `advantage` | whole rollout | rewards, mask, group; whole rollout | whole rollout |
 | `prepare` | optimizer minibatch | no: a micro-batch of one rank | optimizer minibatch |
@@ -42,12 +43,13 @@ MODES: dict[Reduction, str] = {
 TIER_A_FIELDS = frozenset({"reward", "old_logprob"})
 """Rollout fields and statistics that the registered functions are given."""
 
-MINIBATCH_CLIP: frozenset[str] = frozenset()
+MINIBATCH_CLIP = frozenset({"bapo", "hapo"})
 """Methods whose `clip` bounds span the minibatch, so that tier A, which sees a micro-batch, cannot have them right."""
 
 _WHY_NOT_A = {
     "select": "chooses problems; in verl that is the dataset or data.sampler",
     "sample": "samples in its own way; in verl that is an agent loop",
+    "temper": "sets the temperature of every token while sampling, and verl's rollout has one (tau: 0 switches it off)",
     "prepare": "takes a statistic or a selection over the optimizer minibatch; a registered loss sees one micro-batch",
     "weight": "weights tokens by fields of the rollout that a registered loss is not given",
     "regularise": "adds a term from entropies or reference log-probs that a registered loss is not given",
@@ -57,7 +59,7 @@ _WHY_NOT_A = {
 }
 _READS = "reads the whole distribution of every token, which verl's engines do not keep"
 _WHY_NOT_A |= {"read_logits": _READS, "read_old_logits": _READS}
-_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample", "read_logits", "read_old_logits")}
+_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample", "temper", "read_logits", "read_old_logits")}
 
 
 def pipeline_of(methods: Mapping[str, Mapping[str, Any]]) -> Pipeline:

@@ -43,6 +43,11 @@ def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: s
     return Entry(slug, title, arxiv, "baselines", stage, f"methods.{slug}", cls, _BASELINES, recipe, _TESTED)
 
 
+def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str) -> Entry:
+    chapter, recipe = f"4_token_level/{slug}", f"{slug}/math"
+    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, _TESTED)
+
+
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
     status = "tested, an analysis"
     return Entry(slug, title, arxiv, slug, "analysis", module, None, f"2_measuring/{slug}", None, status)
@@ -88,6 +93,22 @@ _ENTRIES = (
     Entry("spurious_rewards", "Spurious rewards and clipping bias", "2512.16912", "spurious_rewards", "reward",
           "methods.spurious_rewards", "SpuriousRewards", "2_measuring/spurious_rewards", "spurious_rewards/math",
           _TESTED),
+    _token_level("steer", "STEER: weights by estimated entropy change", "2510.10150", "weight", "Steer"),
+    _token_level("high_entropy_tokens", "High-entropy (forking) tokens", "2506.01939", "weight, reduction",
+                 "HighEntropyTokens"),
+    _token_level("negative_reinforcement", "Negative reinforcement: PSR, NSR, Weighted-REINFORCE", "2506.01347",
+                 "filter, advantage, clip, surrogate", "NegativeReinforcement"),
+    _token_level("bapo", "Balanced policy optimisation with adaptive clipping (BAPO)", "2510.18927",
+                 "clip, surrogate", "BAPO"),
+    _token_level("hapo", "Heterogeneous adaptive policy optimisation (HAPO)", "2509.16591",
+                 "rollout, advantage, weight, clip, surrogate", "HAPO"),
+    _token_level("siren", "SIREN: selective, self-anchored entropy regularisation", "2509.25133", "regulariser",
+                 "Siren"),
+    _token_level("epo", "Entropy-regularised policy optimisation (EPO)", "2509.22576", "regulariser", "EPO"),
+    _token_level("arbitrary_entropy", "Arbitrary entropy policy optimisation (AEPO)", "2510.08141",
+                 "rollout, advantage", "ArbitraryEntropy"),
+    _token_level("lp_reg", "Low-probability regularisation (Lp-Reg)", "2510.03222",
+                 "regulariser, clip, surrogate", "LpReg"),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip

@@ -218,7 +218,9 @@ def test_every_trainable_method_is_registered_or_listed_with_a_reason() -> None:
         assert f"rlvr_{slug}" in core_algos.ADV_ESTIMATOR_REGISTRY
     assert {"clip_cov", "kl_cov"} <= set(refused)
     assert all(len(reason) > 20 for reason in refused.values())
-    assert not unsupported("b")
+    assert set(unsupported("b")) == {"arbitrary_entropy", "hapo", "lp_reg", "siren"}
+    assert not obstacles([build("hapo", {"preset": "tiny"})], "b")  # with its tempered sampler off
+    assert "optimizer minibatch" in refused["bapo"]
 
 
 def test_verls_own_class_refuses_our_setting_and_ours_takes_it() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from builders import sampled_rollout
+from builders import ready_rollout, sampled_rollout
 from torch import Tensor
 
 from rlvr_lab.core.rollout import Rollout
-from rlvr_lab.methods import Method, build, compose, load_class, trainable
+from rlvr_lab.methods import Method, Pipeline, build, compose, load_class, trainable
+from rlvr_lab.methods.epo import EPO
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.testing.invariance import check_invariance, update_result
 
@@ -26,18 +28,24 @@ COMPOSITIONS = [
     pytest.param([("clip_cov", "paper"), ("truncated_importance_sampling", "paper")], id="clip_cov+tis"),
 ]  # fmt: skip
 # so that a small minibatch has something to choose from
-WIDER = {"clip_cov": {"ratio": 0.2, "low": -10.0, "high": 10.0}, "kl_cov": {"ratio": 0.2}}
+WIDER: dict[str, dict[str, Any]] = {
+    "clip_cov": {"ratio": 0.2, "low": -10.0, "high": 10.0},
+    "kl_cov": {"ratio": 0.2},
+    "lp_reg": {"share": 0.3},
+    "overlong": {"max_length": 20, "buffer": 10},
+}
 
 
 @pytest.fixture(scope="module")
-def rollout(tiny_s: Policy) -> Rollout:
-    """16 ragged responses in 4 groups, one of them dead, one response empty; every field a method may require."""
-    sampled = sampled_rollout(tiny_s)
-    noise = torch.randn(sampled.behaviour_logprob.shape, generator=torch.Generator().manual_seed(5))
-    assert sampled.old_logprob is not None
-    return sampled.with_(
-        old_logprob=(sampled.old_logprob + 0.1 * noise).masked_fill(~sampled.mask, 0.0)
-    ).with_statistics(ref_logprob=(sampled.behaviour_logprob + 0.3 * noise.flip(0)).masked_fill(~sampled.mask, 0.0))
+def sampled(tiny_s: Policy) -> Rollout:
+    """16 ragged responses in 4 groups, one of them dead, one response empty."""
+    return sampled_rollout(tiny_s)
+
+
+@pytest.fixture(scope="module")
+def ready(tiny_s: Policy, sampled: Rollout) -> Callable[[Pipeline], Rollout]:
+    """The same responses with every field that a composition may require."""
+    return lambda pipeline: ready_rollout(tiny_s.model, sampled, pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +59,31 @@ def moved(tiny_s: Policy) -> Any:
     return model
 
 
-def made(parts: list[tuple[str, str]]) -> list[Method]:
-    return [build(slug, {"preset": preset, **WIDER.get(slug, {})}) for slug, preset in parts]
+def made(parts: list[tuple[str, str]]) -> Pipeline:
+    methods = [build(slug, {"preset": preset, **WIDER.get(slug, {})}) for slug, preset in parts]
+    for method in methods:
+        if isinstance(method, EPO):
+            method.history = [0.05, 0.1]  # without a history there is no corridor
+    return compose(methods)
 
 
 @pytest.mark.parametrize("parts", COMPOSITIONS)
-def test_an_update_is_the_same_however_it_is_split(parts: list[tuple[str, str]], moved: Any, rollout: Rollout) -> None:
-    whole = check_invariance(compose(made(parts)), moved, rollout)
+def test_an_update_is_the_same_however_it_is_split(parts: list[tuple[str, str]], moved: Any, ready: Any) -> None:
+    pipeline = made(parts)
+    whole = check_invariance(pipeline, moved, ready(pipeline))
     assert float(whole.gradient.abs().max()) > 1e-4  # there is something to compare
 
 
-@pytest.mark.parametrize("slug", ["clip_cov", "kl_cov"])
-def test_selected_tokens_are_some_and_not_all(slug: str, moved: Any, rollout: Rollout) -> None:
-    result = update_result(compose(made([(slug, "paper")])), moved, rollout, 4)
+@pytest.mark.parametrize("slug", ["clip_cov", "kl_cov", "high_entropy_tokens", "lp_reg"])
+def test_selected_tokens_are_some_and_not_all(slug: str, moved: Any, ready: Any) -> None:
+    pipeline = made([(slug, "paper")])
+    rollout = ready(pipeline)
+    result = update_result(pipeline, moved, rollout, 4)
     chosen = result.choices[f"{slug}.selected"].bool()
     assert 0 < int(chosen.sum()) < int(rollout.mask.sum())
 
 
-def test_the_harness_notices_a_statistic_of_the_micro_batch(moved: Any, rollout: Rollout) -> None:
+def test_the_harness_notices_a_statistic_of_the_micro_batch(moved: Any, ready: Any) -> None:
     class PerMicroBatch(Method):
         """What public frameworks do: a top-k over whatever rows happen to share a pass."""
 
@@ -79,10 +94,10 @@ def test_the_harness_notices_a_statistic_of_the_micro_batch(moved: Any, rollout:
             return centred.square()
 
     with pytest.raises(AssertionError, match="micro-batches of 1: loss differs"):
-        check_invariance(compose([PerMicroBatch()]), moved, rollout)
+        check_invariance(compose([PerMicroBatch()]), moved, ready(compose([])))
 
 
-def test_the_harness_notices_a_choice_by_position(moved: Any, rollout: Rollout) -> None:
+def test_the_harness_notices_a_choice_by_position(moved: Any, ready: Any) -> None:
     class FirstRows(Method):
         """Random numbers dealt in the order in which rows arrive."""
 
@@ -92,4 +107,4 @@ def test_the_harness_notices_a_choice_by_position(moved: Any, rollout: Rollout) 
             return {"first_rows.chosen": torch.rand(advantage_BT.shape, generator=generator)}
 
     with pytest.raises(AssertionError, match=r"permuted rows: 'first_rows\.chosen' differs"):
-        check_invariance(compose([FirstRows()]), moved, rollout)
+        check_invariance(compose([FirstRows()]), moved, ready(compose([])))

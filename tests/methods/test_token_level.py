@@ -281,18 +281,34 @@ def test_switched_off_it_is_a_plain_clip():
     assert upper[batch.mask].unique().tolist() == pytest.approx([1.28])
     assert method.weight(batch, advantage).unique().tolist() == [1]
     assert not method.has("advantage")
-    assert method.temper(torch.tensor([0.1, 2.0]), 1.0).tolist() == [1, 1]
+    method.filter(batch)
+    assert method.temper() is None
+    assert not method.has("temper")
 
 
 def test_the_sampler_is_cooled_below_the_pivot_and_warmed_above():
     method = hapo.HAPO()
+    assert method.temper() is None  # the first step has no statistics
     method.filter(make_rollout([5, 5, 5, 5]))
     low, high = math.exp(method.scale.pivot) / 2, math.exp(method.scale.pivot) * 1.01
-    temperature = method.temper(torch.tensor([low, high]), 1.0)
+    temperature = method.temper().factors(torch.tensor([low, high]))
     assert temperature[0] < 1 < temperature[1]
     restored = hapo.HAPO()
     restored.load_state_dict(method.state_dict())
-    assert torch.equal(restored.temper(torch.tensor([low, high]), 1.0), temperature)
+    assert restored.temper() == method.temper()
+
+
+@pytest.mark.parametrize("sign", ["signed", "released"])
+@given(SEEDS, st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+def test_the_rule_of_the_sampler_is_the_formula(sign, seed, quantile):
+    method = hapo.HAPO(hapo.HAPOConfig(sign=sign, quantile=quantile))
+    rollout = make_rollout([5, 3, 8, 2], seed=seed)
+    method.filter(rollout)
+    entropy = torch.cat([torch.rand(200, generator=generator(seed)) * 1.5, torch.tensor([0.0, 1e-12, 1e-8])])
+    # the exact ends of the old range are among what is asked
+    entropy = torch.cat([entropy, rollout.statistics["token_entropy"][rollout.mask]])
+    expected = hapo.adaptive_temperature(method.scale.apply(entropy, sign), 1.0, method.config.tau)
+    assert torch.allclose(method.temper().factors(entropy), expected, atol=2e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- siren
@@ -365,6 +381,22 @@ def test_the_controller_and_the_number_of_rows():
     assert ae.control_temperature(0.51, 0.5, 1.2, 0.8) == 0.8
     assert ae.replacement_number(7, 5, 0.4, 0.5) == 5
     assert ae.replacement_number(1, 5, 0.6, 0.5) == 0
+
+
+@given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 40))
+def test_the_same_prompts_are_sampled_again_however_a_step_is_divided(number, share, cut):
+    cut = min(cut, number)
+    whole = ae.again_places(share, 0, number)
+    parts = ae.again_places(share, 0, cut) + [cut + i for i in ae.again_places(share, cut, number - cut)]
+    assert parts == whole
+    assert len(whole) == ae.again_count(share, number) == math.ceil(round(share * number, 9)) >= 1
+    assert len(ae.again_places(share, 0, cut)) == ae.again_count(share, cut)
+
+
+def test_a_quarter_is_every_fourth_prompt():
+    assert ae.again_places(0.25, 0, 16) == [0, 4, 8, 12]
+    assert ae.again_places(0.1, 0, 30) == [0, 10, 20]
+    assert ae.again_places(1.0, 5, 3) == [0, 1, 2]
 
 
 def test_mixing_without_a_success_leaves_the_advantages():

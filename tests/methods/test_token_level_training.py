@@ -1,4 +1,4 @@
-"""The nine token-level methods inside an update: invariance, padding, regularisers against finite differences."""
+"""Regularisers of the token-level methods inside an update, against their definitions (invariance: test_invariance)."""
 
 from __future__ import annotations
 
@@ -7,40 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from builders import make_rollout, sampled_rollout
+from builders import make_rollout, ready_rollout, sampled_rollout
 
 from rlvr_lab.core.rollout import Rollout
-from rlvr_lab.methods import Method, build
-from rlvr_lab.methods.arbitrary_entropy import EXTRA, ArbitraryEntropy
-from rlvr_lab.methods.bapo import BAPO
+from rlvr_lab.methods import build
 from rlvr_lab.methods.base import Pipeline
 from rlvr_lab.methods.epo import EPO, EPOConfig
-from rlvr_lab.methods.hapo import HAPO
-from rlvr_lab.methods.high_entropy_tokens import HighEntropyTokens
-from rlvr_lab.methods.lp_reg import LpReg, LpRegConfig
-from rlvr_lab.methods.negative_reinforcement import NegativeReinforcement
 from rlvr_lab.methods.siren import Siren, SirenConfig, peak_mask, peak_weights
-from rlvr_lab.methods.steer import Steer
 from rlvr_lab.policy import forward
-from rlvr_lab.policy.forward import score, token_view
+from rlvr_lab.policy.forward import token_view
 from rlvr_lab.policy.load import Policy
-from rlvr_lab.testing.invariance import check_invariance
 from rlvr_lab.train.update import Updater, UpdateTotals
-
-CLASSES: tuple[Any, ...] = (
-    Steer, HighEntropyTokens, NegativeReinforcement, BAPO, HAPO, Siren, EPO, ArbitraryEntropy, LpReg,
-)  # fmt: skip
-CASES = [pytest.param(cls, preset, id=f"{cls.slug}-{preset}") for cls in CLASSES for preset in cls.presets]
-
-
-def made(cls: Any, preset: str) -> Method:
-    config = cls.presets[preset]
-    if cls is LpReg:  # so that a small minibatch has something to choose from
-        config = LpRegConfig(**{**vars(config), "share": 0.3})
-    method: Method = cls(config)
-    if isinstance(method, EPO):
-        method.history = [0.05, 0.1]
-    return method
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +32,8 @@ def moved(tiny_s: Policy) -> Any:
 
 
 def scored_by(policy: Policy, pipeline: Pipeline) -> Rollout:
-    """16 ragged responses with everything that the pipeline may ask for; a quarter of them marked as extra."""
-    rollout = sampled_rollout(policy)
-    assert rollout.reward is not None
-    extra = (torch.arange(len(rollout)) >= 12).float()[:, None].expand(rollout.response_ids.shape)
-    rollout = rollout.with_(correct=rollout.reward > 0, policy_temperature=1.0).with_statistics(**{EXTRA: extra})
-    rollout = score(policy.model, rollout, 8, read=pipeline.reader(old=True))
-    noise = torch.randn(rollout.response_ids.shape, generator=torch.Generator().manual_seed(5))
-    old = rollout.require("old_logprob", by="test")
-    return pipeline.filter(rollout.with_(old_logprob=(old + 0.1 * noise).masked_fill(~rollout.mask, 0.0)))
-
-
-@pytest.mark.parametrize(("cls", "preset"), CASES)
-def test_an_update_is_the_same_however_it_is_split(cls: Any, preset: str, tiny_s: Policy, moved: Any) -> None:
-    pipeline = Pipeline([build("grpo", {"preset": "released"}), made(cls, preset)])
-    whole = check_invariance(pipeline, moved, scored_by(tiny_s, pipeline))
-    assert bool(whole.gradient.any())
+    """16 ragged responses with everything that the pipeline may ask for."""
+    return ready_rollout(policy.model, sampled_rollout(policy), pipeline)
 
 
 @pytest.mark.parametrize("anchor", ["square", "none", "adaptive"])
