@@ -49,7 +49,21 @@ def test_help_names_every_command() -> None:
     result = lab("--help")
     assert result.exit_code == 0
     assert (
-        sorted(["train", "plan", "export", "evaluate", "pretrain", "methods", "doctor", "watch", "report", "serve"])
+        sorted(
+            [
+                "arena",
+                "train",
+                "plan",
+                "export",
+                "evaluate",
+                "pretrain",
+                "methods",
+                "doctor",
+                "watch",
+                "report",
+                "serve",
+            ]
+        )
         == COMMANDS
     )
     for name in COMMANDS:

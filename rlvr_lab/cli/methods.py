@@ -26,6 +26,8 @@ def methods(
 
     Hooks marked * are exclusive: a composition can hold one owner of each beside its base. Compose methods on the
     command line: rlvr-lab train grpo/tiny "methods={grpo: {preset: tiny}, kl_cov: {preset: tiny}}" --out runs/kl
+
+    Step time is what a method adds to a GRPO step of the tiny lab on a CPU, as `benchmarks/step_cost.py` measured it.
     """
     import json
 
@@ -46,12 +48,12 @@ def methods(
 
 def _method_row(slug: str) -> dict[str, str]:
     from ..errors import nearest
-    from ..methods import REGISTRY, hooks_of, load_class
+    from ..methods import REGISTRY, hooks_of, load_class, step_costs
 
     if slug not in REGISTRY:
         raise UserError(f"no method '{slug}'; {nearest(slug, REGISTRY)}")
     entry = REGISTRY[slug]
-    cls = load_class(slug) if entry.cls else None
+    cls, added = load_class(slug) if entry.cls else None, step_costs().get(slug)
     return {
         "slug": entry.slug,
         "title": entry.title,
@@ -61,6 +63,7 @@ def _method_row(slug: str) -> dict[str, str]:
         "presets": ", ".join(cls.presets) if cls else "",
         "chapter": entry.chapter,
         "recipe": entry.recipe or "",
+        "step time": "" if added is None else f"{added:+.0%}",
         "status": entry.status,
     }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
+from importlib import import_module, resources
 from typing import Any
 
 from ..errors import UserError, nearest
@@ -113,6 +114,12 @@ _ENTRIES = (
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip
 REGISTRY: dict[str, Entry] = {entry.slug: entry for entry in _ENTRIES}
+
+
+def step_costs() -> dict[str, float]:
+    """What each method adds to the time of a GRPO step, as `benchmarks/step_cost.py` measured it on the tiny lab."""
+    costs = resources.files(__package__) / "step_cost.json"
+    return dict(json.loads(costs.read_text(encoding="utf-8"))) if costs.is_file() else {}
 
 
 def trainable() -> dict[str, Entry]:
