@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_lab.methods import Entry, trainable
+from rlvr_lab.errors import UserError
+from rlvr_lab.methods import Entry, build, trainable
 from rlvr_lab.plan.planner import plan
 from rlvr_lab.plan.shapes import published
 from rlvr_lab.train.config import load_config, packaged_recipes, recipe_path
@@ -62,7 +63,13 @@ def test_a_colab_recipe_fits_one_gpu(name: str, gpu: str) -> None:
 @pytest.mark.parametrize("name", COLAB)
 @pytest.mark.parametrize("slug", sorted(set(trainable()) - {"grpo"}))
 def test_any_method_can_be_put_into_a_colab_recipe(name: str, slug: str) -> None:
-    config = load_config(name, [f"methods.{slug}={{}}"])
+    settings = [f"methods.{slug}={{}}"]
+    method = build(slug, {})
+    if method.rescored or method.has("read_old_logits"):
+        with pytest.raises(UserError, match=f"method '{slug}' .*set update.recompute_old_logprob=true"):
+            load_config(name, settings)
+        settings.append("update.recompute_old_logprob=true")
+    config = load_config(name, settings)
     assert {"grpo", slug} == set(config.methods)
 
 

@@ -129,7 +129,10 @@ def build(run: Path, recorded: Path) -> nbformat.NotebookNode:
         md("## Before and after\n\nThe same held-out problems, sampled before the first and after the last step."),
         code(TABLE, metadata={"tags": ["hide-input"]}),
         md(
-            "## Step by step\n\nMeans of five steps. {doc}`1_foundations/watching_entropy_collapse` explains the shape."
+            "## Step by step\n\nMeans of five steps, of the responses sampled for training at temperature "
+            f"{config['training']:g}; the evaluations on this page are at temperature {config['evaluation']:g}. The "
+            "warmer of two has more entropy with the same weights. "
+            "{doc}`1_foundations/watching_entropy_collapse` explains the shape."
         ),
         code(CURVES, metadata={"tags": ["hide-input"]}),
         md("## What training bought, and what it cost"),
@@ -155,11 +158,12 @@ def build(run: Path, recorded: Path) -> nbformat.NotebookNode:
     )
 
 
-def _settings(run: Path) -> dict[str, int]:
+def _settings(run: Path) -> dict[str, float]:
     import yaml
 
     config = yaml.safe_load((run / "config.yaml").read_text())
-    return {"steps": config["steps"], "seed": config["seed"]}
+    temperatures = {"training": config["rollout"]["temperature"], "evaluation": config["evaluation"]["temperature"]}
+    return {"steps": config["steps"], "seed": config["seed"], **temperatures}
 
 
 def write(run: Path, recorded: Path, page: Path) -> None:

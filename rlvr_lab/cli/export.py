@@ -27,7 +27,7 @@ def export(
 
     Examples:
 
-        rlvr-lab export grpo/tiny rollout.prompts=12 --engine trl
+        rlvr-lab export grpo/tiny --engine trl
 
         rlvr-lab export entropy_mechanism/clip_cov data.file=train.jsonl --engine verl --out clip_cov_verl
 

@@ -20,7 +20,6 @@ from rlvr_lab.policy.load import load_policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
 from rlvr_lab.train.config import load_config, packaged_recipes
 
-EQUAL = "rollout.prompts=12"  # the tiny lab's 16 x 11 responses do not divide into its minibatches
 CARRIED, REFUSED = [], []
 for _recipe in sorted(packaged_recipes()):
     (REFUSED if unsupported(pipeline_of(load_config(_recipe).methods)) else CARRIED).append(_recipe)
@@ -28,7 +27,7 @@ for _recipe in sorted(packaged_recipes()):
 
 @pytest.mark.parametrize("recipe", CARRIED)
 def test_every_recipe_that_trl_carries_becomes_a_script(recipe: str, tmp_path: Path) -> None:
-    config = load_config(recipe, [EQUAL] if load_config(recipe).rollout.group_size == 11 else [])
+    config = load_config(recipe)
     script, settings, launcher = export(config, tmp_path / "out")
     tree = ast.parse(script.read_text())
     call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "GRPOConfig")
@@ -49,9 +48,7 @@ def test_the_others_are_refused_by_the_name_of_the_method(recipe: str, tmp_path:
 
 
 def test_lora_and_shards_are_carried_over(tmp_path: Path) -> None:
-    config = load_config(
-        "grpo/tiny", [EQUAL, "model.lora.rank=8", "model.lora.targets=[q_proj]", "parallel.shard=fsdp2"]
-    )
+    config = load_config("grpo/tiny", ["model.lora.rank=8", "model.lora.targets=[q_proj]", "parallel.shard=fsdp2"])
     script, _, launcher = export(config, tmp_path / "out")
     ast.parse(script.read_text())
     assert (
@@ -59,7 +56,7 @@ def test_lora_and_shards_are_carried_over(tmp_path: Path) -> None:
         in script.read_text()
     )
     assert "--use_fsdp --fsdp_version 2" in launcher.read_text()
-    assert "peft" not in export(load_config("grpo/tiny", [EQUAL]), tmp_path / "plain")[0].read_text()
+    assert "peft" not in export(load_config("grpo/tiny"), tmp_path / "plain")[0].read_text()
 
 
 def test_what_trl_cannot_have_is_refused(tmp_path: Path) -> None:
@@ -68,7 +65,7 @@ def test_what_trl_cannot_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("")
     with pytest.raises(UserError, match="choose another --out"):
-        export(load_config("grpo/tiny", [EQUAL]), tmp_path / "b")
+        export(load_config("grpo/tiny"), tmp_path / "b")
     with pytest.raises(UserError, match="3 processes"):
         split_rows(32, 8, 3)
     assert split_rows(30, 4, 2) == (3, 5)
@@ -76,13 +73,11 @@ def test_what_trl_cannot_have_is_refused(tmp_path: Path) -> None:
 
 def test_command_writes_and_names_the_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = CliRunner().invoke(app, ["export", "grpo/tiny", EQUAL, "steps=3", "--engine", "trl", "--out", str(out)])
+    done = CliRunner().invoke(app, ["export", "grpo/tiny", "steps=3", "--engine", "trl", "--out", str(out)])
     assert done.exit_code == 0, done.output
     assert done.output.split() == [str(out / name) for name in ("train_trl.py", "recipe.yaml", "launch.sh")]
     assert "max_steps=18," in (out / "train_trl.py").read_text()
-    wrong = CliRunner().invoke(
-        app, ["export", "grpo/tiny", EQUAL, "--engine", "trll", "--out", str(tmp_path / "other")]
-    )
+    wrong = CliRunner().invoke(app, ["export", "grpo/tiny", "--engine", "trll", "--out", str(tmp_path / "other")])
     assert wrong.exit_code == 2
     assert "did you mean 'trl'?" in wrong.output
 

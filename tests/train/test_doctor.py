@@ -252,7 +252,7 @@ def test_a_healthy_log_is_clean(seed: int) -> None:
 
 @pytest.mark.parametrize("base", ["S", "R"])
 def test_the_recorded_runs_of_the_lab_are_clean(base: str) -> None:
-    """Three seeds of GRPO each, 80 steps, as shipped with the book; S loses 60 % of its entropy."""
+    """Three seeds of GRPO each, 80 steps, as shipped with the book; the log of S loses half of its entropy."""
     for seed in json.loads((ROOT / "book" / "data" / f"tiny_lab_{base}.json").read_text())["seeds"]:
         rows = seed["history"]
         log = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if name != "step"}
