@@ -1,7 +1,8 @@
-"""Sphinx extension of the book: no request to another host, no script twice, no outdated ARIA role."""
+"""Sphinx extension of the book: no request to another host, no script twice, no outdated ARIA role; an arena page."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -38,9 +39,19 @@ def modernise_roles(app: Any, pagename: str, templatename: str, context: dict[st
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
+def write_arena_page(app: Any, error: Exception | None) -> None:
+    """The page of the recorded contest, which the chapter "Choosing an intervention" reads with its reader."""
+    results = Path(app.srcdir) / "data" / "arena.json"
+    if error is None and app.builder.format == "html" and results.exists():
+        from rlvr_lab.arena.report import write_arena_report
+
+        write_arena_report(results, Path(app.outdir) / "_static" / "arena.html")
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Entry point for Sphinx."""
     # 900: after the theme and MyST-NB have added their own assets
     app.connect("html-page-context", clean_assets, priority=900)
     app.connect("html-page-context", modernise_roles)
+    app.connect("build-finished", write_arena_page)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import yaml
+
 from ..errors import UserError, nearest
 from ..methods import REGISTRY, build, load_class, trainable
 
@@ -48,11 +50,18 @@ class Arm:
 
 
 def _method(name: str, slug: str, settings: str, note: str = "") -> Arm:
-    return Arm(name, (f"methods.{slug}={{{settings}}}",), "method", slug, "", note)
+    return Arm(name, _settings(slug, settings), "method", slug, "", note)
 
 
 def _control(name: str, of: str, slug: str, settings: str, note: str) -> Arm:
-    return Arm(name, (f"methods.{slug}={{{settings}}}",), "control", slug, of, note)
+    return Arm(name, _settings(slug, settings), "control", slug, of, note)
+
+
+def _settings(slug: str, settings: str) -> tuple[str, ...]:
+    """The method's own settings, and what it needs of the loop."""
+    method = build(slug, yaml.safe_load(f"{{{settings}}}"))
+    rescored = method.rescored or method.has("read_old_logits")
+    return (f"methods.{slug}={{{settings}}}", *(("update.recompute_old_logprob=true",) if rescored else ()))
 
 
 _CATALOGUE = (
@@ -76,8 +85,8 @@ _CATALOGUE = (
     _method("nsr", "negative_reinforcement", "preset: nsr", "wrong answers alone"),
     _control("psr", "negative_reinforcement", "negative_reinforcement", "preset: psr", "right answers alone"),
     _method("bapo", "bapo", "preset: paper"),
-    _control("bapo_fixed", "bapo", "bapo", "preset: paper, lower_step: 0.0, upper_step: 0.0, lower_end: 0.6, "
-             "upper_end: 1.2", "the bounds it starts from, not searched"),
+    _control("bapo_fixed", "bapo", "bapo", "preset: paper, lower_end: 0.6, upper_end: 1.2",
+             "the bounds it starts from, not searched"),
     _method("hapo", "hapo", "preset: paper", "all four parts"),
     _control("hapo_released_sign", "hapo", "hapo", "preset: paper, sign: released",
              "the most certain token counts like the most uncertain one"),
@@ -91,8 +100,8 @@ _CATALOGUE = (
     _method("arbitrary_entropy", "arbitrary_entropy", "preset: tiny", "holds an entropy of 0.1 nats"),
     _control("aepo_untempered", "arbitrary_entropy", "arbitrary_entropy", "preset: tiny, high: 1.0, low: 1.0",
              "extra successes drawn at the policy's own temperature"),
-    _method("aepo_target_low", "arbitrary_entropy", "preset: tiny, target: 0.05"),
-    _method("aepo_target_high", "arbitrary_entropy", "preset: tiny, target: 0.2"),
+    _method("aepo_target_low", "arbitrary_entropy", "preset: tiny, target: 0.05", "below where GRPO ends"),
+    _method("aepo_target_high", "arbitrary_entropy", "preset: tiny, target: 0.12", "above where GRPO ends"),
     _method("lp_reg", "lp_reg", "preset: tiny"),
     _control("lp_reg_unfiltered", "lp_reg", "lp_reg", "preset: tiny, filter: none",
              "pulls to the old policy itself, junk included"),
@@ -126,9 +135,8 @@ def _written(text: str) -> Arm:
         raise UserError(f"arm '{text}' names two presets: {presets[0]} and {presets[1]}")
     settings = [tuple(word.split("=", 1)) for word in words if "=" in word]
     preset = presets[0] if presets else _tiniest(slug)
-    build(slug, {"preset": preset})  # an unknown preset is refused before anything runs
     parts = [f"preset: {preset}", *(f"{key.strip()}: {value.strip()}" for key, value in settings)]
-    return Arm(text, (f"methods.{slug}={{{', '.join(parts)}}}",), "method", slug)
+    return _method(text, slug, ", ".join(parts))
 
 
 def _tiniest(slug: str) -> str:

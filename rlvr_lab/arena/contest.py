@@ -29,6 +29,7 @@ from ..train.config import TrainConfig, load_config
 from .arms import REFERENCE, Arm
 from .results import MATCHED, Results, save_results
 
+WITHOUT_EFFECT = ("evaluation.every=", "checkpoint.", "logging.")  # settings that change no figure
 UNBOUNDED = 1_000_000  # steps of a contest that its budget ends
 
 
@@ -67,7 +68,7 @@ class Contest:
         evaluation = {"problems": config.evaluation.problems, "samples": config.evaluation.samples}
         return {
             "recipe": self.recipe,
-            "settings": list(self.settings),
+            "settings": [text for text in self.settings if not text.startswith(WITHOUT_EFFECT)],
             "budget_tokens": self.budget_tokens,
             "steps": None if self.budget_tokens is not None else config.steps,
             "evaluation": evaluation | {"temperature": config.evaluation.temperature},

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import io
-import tokenize
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..methods import REGISTRY
 
-_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-           tokenize.ENDMARKER}  # fmt: skip
+_ABOUT_TEXT = {"type_comment", "kind", "type_ignores"}  # fields that say how something was written
 
 
 def method_digests(slugs: Iterable[str]) -> dict[str, str]:
@@ -30,30 +28,25 @@ def changed_since(recorded: dict[str, str]) -> list[str]:
 
 
 def code_digest(source: str) -> str:
-    """Digest of a module's code without comments, docstrings and layout.
+    """Digest of a module's syntax tree without docstrings.
 
-    Indentation is replaced by the column of each line's first token, so that a moved line counts. The text between
-    tokens is not looked at, and so the Python that computes it does not matter.
+    Empty fields are left out, and so the Python that computes it does not matter: newer ones know more fields.
     """
-    documented = _docstring_lines(source)
-    lines = source.splitlines(keepends=True)
-    kept: list[str] = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in _LAYOUT and token.start[0] not in documented:
-            first = not lines[token.start[0] - 1][: token.start[1]].strip()
-            kept.append(f"{token.start[1] if first else ''} {token.string}")
-    # f-strings are one token before Python 3.12 and several after it: the joined text is the same
-    text = "".join("".join(part.split()) for part in kept)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_plain(ast.parse(source))).encode()).hexdigest()[:16]
 
 
-def _docstring_lines(source: str) -> set[int]:
-    """Lines of texts that stand alone: docstrings of modules, classes, functions and attributes."""
-    found: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            found |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return found
+def _plain(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_plain(part) for part in node if not _is_docstring(part)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if name not in _ABOUT_TEXT)
+    return type(node).__name__, [(name, _plain(value)) for name, value in fields if value is not None and value != []]
+
+
+def _is_docstring(node: Any) -> bool:
+    """A text that stands alone: of a module, class, function or attribute."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _source(slug: str) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,8 +83,18 @@ class Results:
     def _of(self, arm: str, table: Table) -> list[Row]:
         if arm not in self.arms:
             raise UserError(f"these results have no arm '{arm}'; {nearest(arm, self.arms)}")
-        rows = self.steps if table == "steps" else self.evaluations
-        return [row for row in rows if row["arm"] == arm]
+        return self._by_arm[table, arm]
+
+    @cached_property
+    def _by_arm(self) -> dict[tuple[Table, str], list[Row]]:
+        """Rows of each arm: a page reads them some thousand times."""
+        found: dict[tuple[Table, str], list[Row]] = {}
+        tables: dict[Table, list[Row]] = {"steps": self.steps, "evaluations": self.evaluations}
+        for table, rows in tables.items():
+            found |= {(table, arm): [] for arm in self.arms}
+            for row in rows:
+                found.setdefault((table, row["arm"]), []).append(row)
+        return found
 
 
 def numbers(rows: Sequence[Row], metric: str) -> list[float]:
@@ -121,11 +132,12 @@ def load_results(path: Path | str) -> Results:
         raise UserError(f"{path} is not a results file of the arena, or was cut off") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not a results file of this arena (format {FORMAT})")
-    arms = [Arm.from_dict(arm) for arm in record["arms"]]
-    return Results(
-        record["contest"], {arm.name: arm for arm in arms}, _rows(record["steps"]), _rows(record["evaluations"]),
-        record["stopped"],
-    )  # fmt: skip
+    try:
+        arms = {arm["name"]: Arm.from_dict(arm) for arm in record["arms"]}
+        steps, evaluations = (_rows(record[table]) for table in ("steps", "evaluations"))
+        return Results(record["contest"], arms, steps, evaluations, record["stopped"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is damaged: it lacks parts of a results file of the arena") from None
 
 
 def merge(parts: Iterable[Results]) -> Results:

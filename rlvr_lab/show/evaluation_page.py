@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from . import theme
-from .run_page import page
-from .run_page_report import plot
+from .run_page import table
+from .run_page_report import figures_page, plot
 
 __all__ = ["evaluation_page"]
 
@@ -20,34 +19,16 @@ def evaluation_page(model: str, summaries: Mapping[str, Mapping[str, Any]], sett
     none."""
     if not summaries:
         raise ValueError("an evaluation page needs at least one summary")
-    from plotly.offline import get_plotlyjs
-
-    swap = {theme.PALETTE[name]: theme.DARK[name] for name in theme.PALETTE}
     body = [
-        _table(["", *summaries], _figures(summaries), "Means over problems; 95 % bootstrap intervals over problems"),
+        table(["", *summaries], _figures(summaries), "Means over problems; 95 % bootstrap intervals over problems"),
         "<h2>pass@k and maj@k</h2><p>pass@k is the chance that one of k samples is correct, maj@k that the most "
         "frequent answer of k is. Where pass@k rises and maj@k does not, the right answers are there but rare.</p>",
         '<div class="plots">',
         *(f"<div><h3>{escape(name)}</h3>{_curves(name, summary)}</div>" for name, summary in summaries.items()),
         "</div><h2>Settings</h2>",
-        _table(["setting", "value"], [[k, str(v)] for k, v in settings.items()], "What was asked for"),
-        f'<script type="application/json" id="palette">{json.dumps(swap)}</script>',
+        table(["setting", "value"], [[k, str(v)] for k, v in settings.items()], "What was asked for"),
     ]
-    return page(f"Evaluation of {model}", "\n".join(body), scripts=[get_plotlyjs()])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = (
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f'<td class="number">{escape(value)}</td>' for value in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption class="muted">'
-        f"{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return figures_page(f"Evaluation of {model}", body)
 
 
 def _figures(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

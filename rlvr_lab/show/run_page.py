@@ -17,7 +17,7 @@ from typing import Any
 
 from .transcript import HIGH, visible
 
-__all__ = ["page", "samples_page", "transcripts"]
+__all__ = ["page", "samples_page", "table", "transcripts"]
 
 LONGEST = 2000
 """Tokens shown of one response."""
@@ -40,6 +40,25 @@ def page(title: str, body: str, *, scripts: Sequence[str] = ()) -> str:
         f"<title>{escape(title)}</title><style>{style}</style></head>\n"
         f'<body><header><h1>{escape(title)}</h1><button id="theme" type="button">Theme</button></header>\n'
         f"<main>{body}</main>\n{code}</body></html>\n"
+    )
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, *, keys: Sequence[str] | None = None
+) -> str:
+    """A table of text; the first column names the row. `keys`: one `data-arm` per row, for a page that marks rows."""
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    marks = [f' data-arm="{escape(key)}"' for key in keys] if keys is not None else [""] * len(rows)
+    body = "".join(
+        f'<tr{mark}><th scope="row">{escape(row[0])}</th>'
+        + "".join(f'<td class="number">{escape(value)}</td>' for value in row[1:])
+        + "</tr>"
+        for mark, row in zip(marks, rows, strict=True)
+    )
+    label = escape(caption)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption class="muted">{label}'
+        f"</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

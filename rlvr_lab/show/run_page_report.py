@@ -13,9 +13,9 @@ from html import escape
 from typing import Any
 
 from . import theme
-from .run_page import page, transcripts
+from .run_page import page, table, transcripts
 
-__all__ = ["CHARTS", "Chart", "RunView", "report_page"]
+__all__ = ["CHARTS", "Chart", "RunView", "figures_page", "plot", "report_page"]
 
 MOST_STEPS = 1000
 """Points drawn of one curve; longer ones are thinned evenly, and the page says so."""
@@ -85,38 +85,27 @@ def report_page(title: str, runs: Sequence[RunView]) -> str:
     """The whole page. Raises ValueError for no run, or for more runs than one figure can tell apart."""
     if not 1 <= len(runs) <= MOST_RUNS:
         raise ValueError(f"a report shows 1 to {MOST_RUNS} runs, not {len(runs)}")
+    parts = [_extents(runs), _findings(runs), _evaluations(runs), _curves(runs), _settings(runs), _transcripts(runs)]
+    return figures_page(title, parts)
+
+
+def figures_page(title: str, parts: Sequence[str], *, scripts: Sequence[str] = ()) -> str:
+    """A page with figures of `plot`: plotly, the palette of both themes, then `scripts`, then the page's own."""
     from plotly.offline import get_plotlyjs
 
-    parts = [_extents(runs), _findings(runs), _evaluations(runs), _curves(runs), _settings(runs), _transcripts(runs)]
     swap = {theme.PALETTE[name]: theme.DARK[name] for name in theme.PALETTE}
     palette = f'<script type="application/json" id="palette">{json.dumps(swap)}</script>'
-    return page(title, "\n".join(parts) + palette, scripts=[get_plotlyjs()])
+    return page(title, "\n".join(parts) + palette, scripts=[get_plotlyjs(), *scripts])
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """A table of text; the first column names the row."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f'<td class="number">{escape(value)}</td>' for value in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    label = escape(caption)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption class="muted">{label}'
-        f"</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 def _extents(runs: Sequence[RunView]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.facts))
     rows = [[name, *(run.facts.get(name, "-") for run in runs)] for name in names]
     remarks = "".join(f"<li>{escape(f'{run.name}: {text}')}</li>" for run in runs for text in run.remarks)
-    return _table(["", *(run.name for run in runs)], rows, "What was run") + (f"<ul>{remarks}</ul>" if remarks else "")
+    return table(["", *(run.name for run in runs)], rows, "What was run") + (f"<ul>{remarks}</ul>" if remarks else "")
 
 
 def _settings(runs: Sequence[RunView]) -> str:
@@ -124,10 +113,10 @@ def _settings(runs: Sequence[RunView]) -> str:
     rows = [[name, *(run.settings.get(name, "-") for run in runs)] for name in names]
     head = ["setting", *(run.name for run in runs)]
     differing = [row for row in rows if len(set(row[1:])) > 1]
-    apart = _table(head, differing, "Settings that differ") if differing else ""
+    apart = table(head, differing, "Settings that differ") if differing else ""
     if len(runs) > 1 and not differing:
         apart = "<p>All settings are equal.</p>"
-    every = _table(head, rows, "All settings") if rows else "<p>No config.yaml was found.</p>"
+    every = table(head, rows, "All settings") if rows else "<p>No config.yaml was found.</p>"
     return f"<h2>Settings</h2>{apart}<details><summary>All settings</summary>{every}</details>"
 
 
@@ -187,7 +176,7 @@ def _known(run: RunView, column: str) -> tuple[list[int], list[float]]:
 def plot(traces: Sequence[Any], *, alt: str, x: str, y: str, height: int = 300, **layout: Any) -> str:
     """A figure of the house style as HTML that the page's script draws."""
     figure = theme.figure(*traces, alt=alt, x=x, y=y, height=height, showlegend=True, **layout)
-    spec = json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("</", "<\\/")
+    spec = json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
     label = escape(alt)
     return (
         f'<figure class="plot"><script type="application/json">{spec}</script>'
@@ -214,10 +203,10 @@ def _evaluations(runs: Sequence[RunView]) -> str:
         [f"{run.name}, step {row['step']}" if len(runs) > 1 else f"step {row['step']}", *(_cell(row, n) for n in shown)]
         for run, row in rows
     ]
-    table = _table(["", *shown], lines, "Held-out evaluations, with 95 % intervals over problems")
+    shown_rows = table(["", *shown], lines, "Held-out evaluations, with 95 % intervals over problems")
     if any(row.get("held_out") is False for _, row in rows):
-        table += "<p>Some were made on training problems.</p>"
-    return f"<h2>Evaluations</h2>{table}{_pass_at_k(runs, ks)}"
+        shown_rows += "<p>Some were made on training problems.</p>"
+    return f"<h2>Evaluations</h2>{shown_rows}{_pass_at_k(runs, ks)}"
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

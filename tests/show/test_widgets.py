@@ -223,3 +223,135 @@ def test_sharding_divides_what_it_says_it_divides(tmp_path: Path) -> None:
     assert got[6:9] == [0, 0, 0]
     ring = 3 / 4
     assert got[9:] == pytest.approx([2 * ring * 4e9, 3 * ring * 8e9, 3 * 10 * 4 * 2 * ring * 2 * 50 * 100])
+
+
+@needs_node
+def test_rare_token_forces_are_the_gradients_of_the_library(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.methods import lp_reg
+
+    rest, outcomes = [0.5, 0.3, 0.188, 0.003, 0.003, 0.006], set()
+    cases = [(p, r, k) for p in (0.005, 0.04) for r in (0.05, 0.3, 0.7, 0.9, 1.0) for k in (0.0, 0.02, 0.1)]
+    calls = [f"(f => [f, w.forces({r}, f.mass, f.kept, 0.7)])(w.filtered({p}, {rest}, {k}))" for p, r, k in cases]
+    for (p, r, kappa), (found, forces) in zip(cases, node("rare_token", calls, tmp_path), strict=True):
+        policy = torch.tensor([p, *[(1 - p) * share for share in rest]], dtype=torch.float64).log()
+        proxy, keep = lp_reg.proxy_log_p(policy, kappa)
+        now = (policy[0] + math.log(r)).reshape(1, 1).requires_grad_()
+        held = bool(keep[0]) and float(now.detach()) < float(proxy[0])
+        value = lp_reg.k3_to_proxy(now, proxy[:1].reshape(1, 1) if held else now.detach())
+        pull = -float(torch.autograd.grad(value.sum(), now)[0])
+        assert found["kept"] == bool(keep[0])
+        assert found["mass"] == pytest.approx(float(policy.exp()[keep].sum()))
+        assert forces["pull"] == pytest.approx(pull, abs=1e-9)
+        assert forces["push"] == pytest.approx(0.7 * r)
+        assert forces["clipped"] == (0 if r < 0.8 else pytest.approx(0.7 * r))
+        outcomes.add((held, forces["beyond"]))
+    assert outcomes == {(False, False), (True, False), (True, True)}
+
+
+@needs_node
+def test_tempered_imitation_drifts_as_the_library_says(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.core.dynamics import exact_change
+    from rlvr_lab.methods.arbitrary_entropy import entropy_drift
+
+    logits = [0.2, 1.4, -0.7, 0.0]
+    z = torch.tensor(logits, dtype=torch.float64)
+    p = softmax(np.array(logits))
+    right = 0.2 + 0.6 * p / p.max()
+    calls = [f"w.drift({logits}, {t}, [1, 1, 1, 1])" for t in (0.7, 1.0, 1.8)]
+    calls += [f"w.success(w.softmax({logits}), 0.6)", f"w.balance({logits}, [1, 1, 1, 1])"]
+    calls += [f"w.drift({logits}, 1, {right.tolist()})", f"w.balance({logits}, {right.tolist()})"]
+    *drifts, success, one, imitated, higher = node("tempered_imitation", calls, tmp_path)
+    assert drifts == pytest.approx([float(entropy_drift(z, t)[0]) for t in (0.7, 1.0, 1.8)], abs=1e-12)
+    assert success == pytest.approx(right)
+    assert one == pytest.approx(1.0)
+    step = torch.tensor(p * right - p * (p * right).sum())
+    assert imitated == pytest.approx(float(exact_change(z, 1e-6 * step)) / 1e-6, abs=1e-5)
+    assert imitated < 0 < higher - 1  # successes are the sure actions: at T = 1 entropy falls
+
+
+@needs_node
+def test_entropy_corridor_pushes_against_the_gradient_of_the_penalty(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.methods.epo import corridor_hinge
+
+    entropies, history, low, high, weight = [0.0, 0.1, 0.3, 0.5, 2.0], 0.4, 0.5, 1.2, 3.0
+    calls = [f"w.push({h}, {history}, {low}, {high}, {weight})" for h in entropies]
+    calls += [f"w.shares({entropies}, {history}, {low}, {high})", f"w.corridor({history}, {low}, {high}, 0.4)"]
+    *pushes, shares, edges = node("entropy_corridor", calls, tmp_path)
+    h = torch.tensor(entropies, dtype=torch.float64, requires_grad=True)
+    gain = h - weight * corridor_hinge(h, history, low, high)
+    assert pushes == pytest.approx(torch.autograd.grad(gain.sum(), h)[0].tolist())
+    assert shares == pytest.approx([0.4, 0.2, 0.4])
+    assert edges == {"lower": pytest.approx(0.2), "upper": pytest.approx(0.48), "vacuous": True}
+
+
+@needs_node
+def test_bound_search_counts_as_bapo_does(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.methods import bapo
+
+    P, R, A = [0.9, 0.05, 0.6, 0.3, 0.02, 0.8], [1.0, 2.4, 0.5, 0.7, 1.3, 1.1], [1.0, 1.0, -0.5, -0.5, 1.0, -0.5]
+    tokens = [{"p": p, "r": r, "a": a} for p, r, a in zip(P, R, A, strict=True)]
+    text = "[" + ",".join(f"{{p: {t['p']}, r: {t['r']}, a: {t['a']}}}" for t in tokens) + "]"
+    bounds = [(0.6, 1.2), (0.6, 2.0), (0.9, 3.0)]
+    calls = [f"w.{name}({text}, {lo}, {hi})" for lo, hi in bounds for name in ("positiveShare", "gradientShare")]
+    got = node("bound_search", calls, tmp_path)
+    ratio, advantage, weight = (torch.tensor([x], dtype=torch.float64) for x in (R, A, P))
+    everything = torch.ones(1, len(P), dtype=torch.bool)
+    expected = []
+    for lo, hi in bounds:
+        expected.append(bapo.positive_share(ratio, advantage, weight, lo, hi))
+        expected.append(bapo.gradient_share(ratio, advantage, everything, lo, hi))
+    assert got == pytest.approx(expected)
+    assert len(set(got)) == len(got)
+
+
+@needs_node
+@pytest.mark.parametrize("sign", ["signed", "released"])
+def test_entropy_signal_treats_a_token_as_hapo_does(sign: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.methods import hapo
+
+    H = torch.tensor([[1e-9, 1e-4, 0.03, 0.6, 1.2]], dtype=torch.float64)
+    scale = hapo.entropy_scale(H, torch.ones_like(H, dtype=torch.bool), 0.8)
+    assert scale is not None
+    told = f"{{pivot: {scale.pivot}, highest: {scale.highest * scale.spread}, lowest: {scale.lowest * scale.spread}}}"
+    h = scale.apply(H, sign)
+    calls = [f"w.signal({x}, {told}, {str(sign == 'released').lower()})" for x in H[0].tolist()]
+    assert node("entropy_signal", calls, tmp_path) == pytest.approx(h[0].tolist())
+    ratios = [0.7, 0.95, 1.0, 1.2, 1.0]
+    settings = "{low: 0.2, high: 0.28, tau: 0.1}"
+    calls = [f"w.treatment({x}, {r}, {settings})" for x, r in zip(h[0].tolist(), ratios, strict=True)]
+    below, above = hapo.adaptive_ranges(h, 0.2, 0.28)
+    factor = hapo.redistribution(h, torch.tensor([ratios], dtype=torch.float64), 0.2, 0.28)
+    for i, one in enumerate(node("entropy_signal", calls, tmp_path)):
+        assert one["temperature"] == pytest.approx(float(hapo.adaptive_temperature(h, 1.0, 0.1)[0, i]))
+        assert (one["lower"], one["upper"]) == pytest.approx((1 - float(below[0, i]), 1 + float(above[0, i])))
+        assert one["factor"] == pytest.approx(float(factor[0, i]))
+
+
+@needs_node
+def test_nucleus_head_is_that_of_the_library(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from rlvr_lab.core.entropy import nucleus_entropy
+
+    p = [0.45, 0.25, 0.2, 0.07, 0.03]
+    logits = torch.tensor(p, dtype=torch.float64).log()
+    cases = [(mass, crossing) for mass in (0.3, 0.5, 0.8, 0.95) for crossing in (True, False)]
+    got = node("nucleus_head", [f"w.headEntropy({p}, {m}, {str(c).lower()})" for m, c in cases], tmp_path)
+    expected = [float(nucleus_entropy(logits, m, None, c)) for m, c in cases]
+    assert got == pytest.approx(expected, abs=1e-9)
+    assert node(
+        "nucleus_head", ["w.headSize([0.9, 0.1], 0.8, false)", "w.headSize([0.9, 0.1], 0.8, true)"], tmp_path
+    ) == [0, 1]
+
+
+def test_settings_of_the_clip_and_entropy_widgets_are_refused() -> None:
+    with pytest.raises(ValueError, match="equally long"):
+        widgets.BoundSearch([0.5], [1.0, 1.0], [1.0])
+    with pytest.raises(ValueError, match="both sides"):
+        widgets.EntropySignal((-1.0, 0.0, -3.0), math.log(9))
+    with pytest.raises(ValueError, match="mass"):
+        widgets.NucleusHead({"a": 1.0}, mass=0.0)

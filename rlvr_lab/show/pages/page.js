@@ -86,5 +86,6 @@
     applyTheme();
   });
   system.addEventListener("change", applyTheme);
+  document.addEventListener("figures", draw); // where a page has changed what they show
   applyTheme();
 })();

@@ -9,6 +9,7 @@ This package is the only one that imports anywidget: the rest of ``rlvr_lab`` mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,23 @@ import anywidget
 import traitlets
 
 __all__ = [
+    "ArmSwap",
+    "BoundSearch",
     "ClipForce",
+    "EntropyCorridor",
+    "EntropySignal",
     "MemoryCalculator",
+    "NucleusHead",
     "PassAtK",
     "PolicyGradientBandit",
+    "RareToken",
     "RunReader",
     "ShardingExplorer",
+    "SignedPush",
     "SurrogateForce",
     "TemperatureExplorer",
+    "TemperedImitation",
+    "TokenWeights",
     "javascript",
 ]
 
@@ -243,3 +253,263 @@ class ShardingExplorer(_Widget):
         super().__init__(
             shape=shape, memory=float(memory), passes=passes, tokens=tokens, gpus=gpus, split=split, **kwargs
         )
+
+
+class TokenWeights(_Widget):
+    """One response among the tokens of its batch: which keep their gradient, and how much of it, under one setting?"""
+
+    _esm = javascript("token_weights")
+    _shown = ("rule", "setting")
+    rule = traitlets.Unicode("top").tag(sync=True)
+    setting = traitlets.Float(0.2).tag(sync=True)
+    tokens = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    values = traitlets.List(traitlets.Float()).tag(sync=True)
+    sizes = traitlets.List(traitlets.Float()).tag(sync=True)
+    marks = traitlets.List(traitlets.Bool()).tag(sync=True)
+    size_name = traitlets.Unicode().tag(sync=True)
+    mark_name = traitlets.Unicode().tag(sync=True)
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        values: Sequence[float],
+        sizes: Sequence[float],
+        marks: Sequence[bool],
+        *,
+        rule: str = "top",
+        setting: float = 0.2,
+        size_name: str = "the gradient",
+        mark_name: str = "forks",
+        **kwargs: Any,
+    ) -> None:
+        """``values``, ``sizes`` and ``marks`` of all tokens of the batch, first those of the response ``tokens``.
+
+        Rule ``top`` keeps the share ``setting`` with the largest values; rule ``steer`` gives the largest the weight
+        ``setting`` and smaller ones more. ``sizes`` are what the kept share is counted in, ``marks`` a class of tokens.
+        """
+        if rule not in ("top", "steer"):
+            raise ValueError("rule must be 'top' or 'steer'")
+        if not len(tokens) <= len(values) == len(sizes) == len(marks):
+            raise ValueError("values, sizes and marks must be equally long, and the response's tokens among them")
+        super().__init__(
+            rule=rule, setting=setting, tokens=list(tokens), values=[float(v) for v in values],
+            sizes=[float(s) for s in sizes], marks=[bool(m) for m in marks], size_name=size_name, mark_name=mark_name,
+            **kwargs,
+        )  # fmt: skip
+
+
+class SignedPush(_Widget):
+    """One state, one sampled token: where does praise take probability from, and where does blame send it?"""
+
+    _esm = javascript("signed_push")
+    _shown = ("labels", "logits", "sampled", "rate")
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    sampled = traitlets.Int(0).tag(sync=True)
+    pair = traitlets.List(traitlets.Int()).tag(sync=True)
+    rate = traitlets.Float(0.5).tag(sync=True)
+
+    def __init__(
+        self,
+        probabilities: Mapping[str, float],
+        *,
+        sampled: int = 0,
+        pair: tuple[int, int] = (1, 2),
+        rate: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        """``probabilities`` of the tokens by name; ``pair``: two whose odds are told; ``rate``: step in the logits."""
+        if any(p <= 0 for p in probabilities.values()):
+            raise ValueError("probabilities must be positive")
+        if any(not 0 <= place < len(probabilities) for place in (sampled, *pair)):
+            raise ValueError("sampled and pair must be places of tokens")
+        logits = [math.log(p) for p in probabilities.values()]
+        super().__init__(
+            labels=list(probabilities), logits=logits, sampled=sampled, pair=list(pair), rate=float(rate), **kwargs
+        )
+
+
+class RareToken(_Widget):
+    """A rare token of a wrong response under Lp-Reg: does the filter keep it, and does the pull outdo the push?"""
+
+    _esm = javascript("rare_token")
+    _shown = ("old", "ratio", "size", "kappa")
+    rest = traitlets.List(traitlets.Float()).tag(sync=True)
+    old = traitlets.Float(0.04).tag(sync=True)
+    ratio = traitlets.Float(1.0).tag(sync=True)
+    size = traitlets.Float(1.0).tag(sync=True)
+    kappa = traitlets.Float(0.02).tag(sync=True)
+
+    def __init__(
+        self, rest: Sequence[float], *, old: float = 0.04, ratio: float = 1.0, size: float = 1.0, kappa: float = 0.02,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """``rest``: the other tokens' shares of what the rare one leaves, 1 in all; ``ratio``: its probability now,
+        divided by ``old``; ``size`` of its negative advantage."""
+        if abs(sum(rest) - 1) > 1e-6 or not 0 < old < 1 or not 0 < ratio <= 1:
+            raise ValueError("rest must sum to 1, old lie in (0, 1) and ratio in (0, 1]")
+        super().__init__(rest=[float(p) for p in rest], old=old, ratio=ratio, size=size, kappa=kappa, **kwargs)
+
+
+class TemperedImitation(_Widget):
+    """Imitating one's own samples of temperature T: which way does entropy go, and at which T does it stay?"""
+
+    _esm = javascript("tempered_imitation")
+    _shown = ("logits", "temperature", "surer")
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    temperature = traitlets.Float(1.2).tag(sync=True)
+    surer = traitlets.Float(0.0).tag(sync=True)
+
+    def __init__(
+        self, probabilities: Mapping[str, float], *, temperature: float = 1.2, surer: float = 0.0, **kwargs: Any
+    ) -> None:
+        """``probabilities`` of the actions by name; ``surer``: from 0, all are right equally often, to 1, as often as
+        the policy is sure of them."""
+        if any(p <= 0 for p in probabilities.values()) or not 0 <= surer <= 1:
+            raise ValueError("probabilities must be positive and surer lie in [0, 1]")
+        logits = [math.log(p) for p in probabilities.values()]
+        super().__init__(labels=list(probabilities), logits=logits, temperature=temperature, surer=surer, **kwargs)
+
+
+class EntropyCorridor(_Widget):
+    """Token entropies and EPO's corridor around their history: which tokens are outside, and how are they pushed?"""
+
+    _esm = javascript("entropy_corridor")
+    _shown = ("low", "high", "weight")
+    entropies = traitlets.List(traitlets.Float()).tag(sync=True)
+    most = traitlets.Float(1.0).tag(sync=True)
+    low = traitlets.Float(0.5).tag(sync=True)
+    high = traitlets.Float(1.2).tag(sync=True)
+    weight = traitlets.Float(10.0).tag(sync=True)
+
+    def __init__(
+        self,
+        entropies: Sequence[float],
+        vocabulary: int,
+        *,
+        low: float = 0.5,
+        high: float = 1.2,
+        weight: float = 10.0,
+        **kwargs: Any,
+    ) -> None:
+        """``entropies`` of sampled tokens in nats; ``weight`` of the penalty beside the bonus: beta times alpha."""
+        if not entropies or vocabulary < 2 or not 0 <= low <= high:
+            raise ValueError("entropies must not be empty, vocabulary be at least 2, and low lie in [0, high]")
+        values = [float(h) for h in entropies]
+        super().__init__(
+            entropies=values,
+            most=math.log(vocabulary),
+            low=float(low),
+            high=float(high),
+            weight=float(weight),
+            **kwargs,
+        )
+
+
+class BoundSearch(_Widget):
+    """Tokens of one update under BAPO: which of the two clip bounds can raise the share of right answers?"""
+
+    _esm = javascript("bound_search")
+    _shown = ("lower", "upper", "target")
+    probabilities = traitlets.List(traitlets.Float()).tag(sync=True)
+    ratios = traitlets.List(traitlets.Float()).tag(sync=True)
+    advantages = traitlets.List(traitlets.Float()).tag(sync=True)
+    lower = traitlets.Float(0.6).tag(sync=True)
+    upper = traitlets.Float(1.2).tag(sync=True)
+    target = traitlets.Float(0.4).tag(sync=True)
+
+    def __init__(
+        self,
+        probabilities: Sequence[float],
+        ratios: Sequence[float],
+        advantages: Sequence[float],
+        *,
+        lower: float = 0.6,
+        upper: float = 1.2,
+        target: float = 0.4,
+        **kwargs: Any,
+    ) -> None:
+        """Of every token: ``probabilities`` when it was sampled, importance ratio, advantage; bounds are ratios."""
+        if not len(probabilities) == len(ratios) == len(advantages) or not any(advantages):
+            raise ValueError("probabilities, ratios and advantages must be equally long, and not all advantages 0")
+        super().__init__(
+            probabilities=[float(p) for p in probabilities], ratios=[float(r) for r in ratios],
+            advantages=[float(a) for a in advantages], lower=lower, upper=upper, target=target, **kwargs,
+        )  # fmt: skip
+
+
+class EntropySignal(_Widget):
+    """One token under HAPO: what does its entropy change, as the text has it and as the release computes it?"""
+
+    _esm = javascript("entropy_signal")
+    _shown = ("entropy", "ratio")
+    scale = traitlets.Dict().tag(sync=True)
+    settings = traitlets.Dict().tag(sync=True)
+    most = traitlets.Float(1.0).tag(sync=True)
+    entropy = traitlets.Float(-3.0).tag(sync=True)
+    ratio = traitlets.Float(1.0).tag(sync=True)
+
+    def __init__(
+        self,
+        scale: tuple[float, float, float],
+        most: float,
+        *,
+        low: float = 0.2,
+        high: float = 0.28,
+        tau: float = 0.1,
+        entropy: float = -3.0,
+        ratio: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        """``scale``: pivot of the log-entropies, and the largest and the smallest distance from it; ``most``: the
+        largest entropy in nats; ``entropy``: that of the token, as a power of ten."""
+        pivot, highest, lowest = (float(x) for x in scale)
+        if not lowest < 0 < highest or most <= 0:
+            raise ValueError("the distances must lie on both sides of 0, and most above it")
+        super().__init__(
+            scale={"pivot": pivot, "highest": highest, "lowest": lowest},
+            settings={"low": low, "high": high, "tau": tau}, most=float(most), entropy=entropy, ratio=ratio, **kwargs,
+        )  # fmt: skip
+
+
+class NucleusHead(_Widget):
+    """One next-token distribution: what does its head keep of the entropy, and when does nothing remain?"""
+
+    _esm = javascript("nucleus_head")
+    _shown = ("logits", "temperature", "mass")
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    logits = traitlets.List(traitlets.Float()).tag(sync=True)
+    temperature = traitlets.Float(1.0).tag(sync=True)
+    mass = traitlets.Float(0.8).tag(sync=True)
+
+    def __init__(
+        self, probabilities: Mapping[str, float], *, temperature: float = 1.0, mass: float = 0.8, **kwargs: Any
+    ) -> None:
+        """``probabilities`` of the tokens by name; ``mass`` that the head must reach."""
+        if any(p <= 0 for p in probabilities.values()) or not 0 < mass <= 1:
+            raise ValueError("probabilities must be positive and mass lie in (0, 1]")
+        logits = [math.log(p) for p in probabilities.values()]
+        super().__init__(labels=list(probabilities), logits=logits, temperature=temperature, mass=mass, **kwargs)
+
+
+class ArmSwap(_Widget):
+    """Two recorded arms beside GRPO: is what a method gains still there at equal accuracy, and beside its control?"""
+
+    _esm = javascript("arm_swap")
+    _shown = ("method", "at")
+    arms = traitlets.List(traitlets.Dict()).tag(sync=True)
+    method = traitlets.Unicode().tag(sync=True)
+    at = traitlets.Int(0).tag(sync=True)
+
+    def __init__(
+        self, arms: Sequence[Mapping[str, Any]], *, method: str | None = None, at: int = 0, **kwargs: Any
+    ) -> None:
+        """``arms`` as `rlvr_lab.arena.swap.arm_curves` gives them; ``at`` counts a method's evaluations."""
+        methods = [str(arm["name"]) for arm in arms if arm["role"] == "method"]
+        if sum(arm["role"] == "reference" for arm in arms) != 1 or not methods or len(arms) < 3:
+            raise ValueError("arms must hold one reference, a method and something to hold it against")
+        chosen = methods[0] if method is None else method
+        if chosen not in methods:
+            raise ValueError(f"method must be one of {methods}, not '{chosen}'")
+        super().__init__(arms=[dict(arm) for arm in arms], method=chosen, at=at, **kwargs)

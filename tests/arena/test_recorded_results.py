@@ -1,0 +1,40 @@
+"""The results that the book shows come from the code that it teaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlvr_lab.arena import CATALOGUE, REFERENCE, Results, changed_since, load_results
+
+RECORDED = Path(__file__).parents[2] / "book" / "data" / "arena.json"
+pytestmark = pytest.mark.skipif(not RECORDED.exists(), reason="book/data/arena.json is not recorded yet")
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return load_results(RECORDED)
+
+
+def test_no_method_changed_after_its_results_were_recorded(results: Results) -> None:
+    changed = changed_since(results.contest["digests"])
+    arms = [name for name, arm in results.arms.items() if any(arm.uses(slug) for slug in changed)]
+    assert not changed, (
+        f"the code of {', '.join(changed)} is not that of book/data/arena.json; record these arms again with "
+        f"`rlvr-lab arena --methods {','.join(arms)} --no-controls --seeds {len(results.contest['seeds'])} "
+        "--out runs/arena` and merge them into the file (rlvr_lab.arena.merge)"
+    )
+
+
+def test_every_method_and_control_is_recorded_with_its_provenance(results: Results) -> None:
+    assert len(results.seeds(REFERENCE)) >= 3
+    for name, arm in results.arms.items():
+        assert results.seeds(name) == results.seeds(REFERENCE), f"{name} lacks seeds"
+        assert arm.method in results.contest["digests"]
+        assert not arm.control_of or arm.control_of in results.arms, f"{name} without its method"
+        for seed in results.seeds(name):
+            machine = results.contest["machines"][f"{name} seed {seed}"]
+            assert {"processor", "torch", "rlvr_lab", "date"} <= set(machine)
+    own = {arm.method for arm in results.arms.values() if arm.role == "method"}
+    assert own >= {arm.method for arm in CATALOGUE.values() if arm.role == "method"}
