@@ -91,7 +91,7 @@ _CATALOGUE = (
     _control("hapo_released_sign", "hapo", "hapo", "preset: paper, sign: released",
              "the most certain token counts like the most uncertain one"),
     _control("hapo_off", "hapo", "hapo", "preset: paper, tau: 0.0, alpha: 0.0, beta: 0.0, token_advantage: false",
-             "all parts off"),
+             "all parts off, which leaves clip-higher"),
     _method("siren", "siren", "preset: tiny"),
     _control("siren_unmasked", "siren", "siren", "preset: tiny, top_p: null, top_k: null, quantile: null",
              "the anchor on the plain entropy of all tokens"),

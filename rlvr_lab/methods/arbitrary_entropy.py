@@ -77,7 +77,10 @@ def reinforce_direction(logits: Tensor, temperature: float) -> Tensor:
 
 
 def entropy_drift(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """d entropy / d step of that gradient: exact, and to first order in T - 1, (T - 1) sum [pi (log pi + H)]^2."""
+    """d entropy / d step of that gradient: exact, and to first order in T - 1, (T - 1) sum [pi (log pi + H)]^2.
+
+    The exact one has the sign of T - 1 for every policy and every T; imitating successes alone need not.
+    """
     log_p = torch.log_softmax(logits, -1)
     weighted = log_p.exp() * (log_p - (log_p.exp() * log_p).sum(-1, keepdim=True))
     exact = first_order_change(logits, reinforce_direction(logits, temperature))

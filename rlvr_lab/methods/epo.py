@@ -14,7 +14,7 @@ bonus. Its weight decays by `released_phase_weight` to almost nothing where beta
 per turn and includes the step itself, its mean runs over tokens. In a single-turn task a response is one turn.
 
 Presets: `paper` (arXiv v2, ALFWorld), `released` (indicator, token mean, its phase weight), `tiny` (corridor 0.5 to
-1.2, alpha 5, lambda 0.02: the settings of the card's pilot, because (0, 2) is vacuous there). Control: `alpha: 0`.
+1.2, alpha 5, lambda 0.02: the settings of the card's pilot; few tokens lie inside it). Control: `alpha: 0`.
 """
 
 from __future__ import annotations
