@@ -50,7 +50,7 @@ def run(out: Path, settings: list[str], **options: Any) -> RunResult:
     """One run in this process; "as it is" leaves dead groups dead."""
     bare = settings[:1] == ["as it is"]
     with nullcontext() if bare else live_groups():
-        return Trainer(load_config("grpo/tiny", [*SMALL, *settings[bare:]]), out, **options).run()
+        return Trainer(load_config("arena/tiny", [*SMALL, *settings[bare:]]), out, **options).run()
 
 
 if __name__ == "__main__":
