@@ -27,7 +27,7 @@ function render({ model, el }) {
   const output = liveOutput();
   const entropy = slider(
     "token entropy (power of ten)",
-    { min: -8, max: Math.log10(model.get("most")).toFixed(2), step: 0.02, value: model.get("entropy") },
+    { min: -8, max: Math.log10(model.get("most")).toFixed(2), step: 0.1, value: model.get("entropy") },
     (power) => `${(10 ** power).toPrecision(2)} nats`,
   );
   const ratio = slider("importance ratio", { min: 0.5, max: 1.6, step: 0.01, value: model.get("ratio") }, (v) => v.toFixed(2));
