@@ -95,25 +95,27 @@ def main(
     methods: Annotated[str | None, typer.Option(help="Slugs, separated by commas; all by default.")] = None,
     repeats: Annotated[int, typer.Option(help="Pairs for each method.", min=3)] = 9,
     out: Annotated[Path, typer.Option(help="File of the results.")] = RESULTS,
+    load_note: Annotated[str, typer.Option(help="What else ran on the machine.")] = "nothing else running",
 ) -> None:
     """Measure and write; see the head of this file."""
     torch.set_num_threads(1)
     record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"methods": {}}
-    record |= {"command": "python benchmarks/step_cost.py", "recipe": CONTEST.recipe, "repeats": repeats}
+    record |= {
+        "command": "python benchmarks/step_cost.py",
+        "recipe": CONTEST.recipe,
+        "repeats": repeats,
+        "load_note": load_note,
+    }
     record |= {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     for slug in methods.split(",") if methods else [s for s in trainable() if s != REFERENCE]:
-        try:
-            record["methods"][slug] = found = measure(slug, repeats)
-        except Exception as error:  # one method that cannot run here must not cost the others their figures
-            print(f"{slug}: {type(error).__name__}: {error}", flush=True)
-            continue
+        record["methods"][slug] = found = measure(slug, repeats)
         print(f"{slug:32s} {found['added']:+.1%}  ({found['lowest']:+.1%} to {found['highest']:+.1%})  "
               f"{'; '.join(found['also'])}", flush=True)  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
-    if out == RESULTS:
-        shown = {slug: row["added"] for slug, row in record["methods"].items()}
-        SHOWN.write_text(json.dumps(shown, indent=1) + "\n")
+        if out == RESULTS:
+            shown = {slug: row["added"] for slug, row in record["methods"].items()}
+            SHOWN.write_text(json.dumps(shown, indent=1) + "\n")
 
 
 if __name__ == "__main__":

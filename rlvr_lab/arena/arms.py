@@ -6,14 +6,14 @@ A catalogue holds the interventions of the book with their controls. Any other c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import yaml
 
 from ..errors import UserError, nearest
-from ..methods import REGISTRY, build, load_class, trainable
+from ..methods import build, load_class, trainable
 
 Role = Literal["reference", "method", "control"]
 REFERENCE = "grpo"
@@ -142,8 +142,3 @@ def _written(text: str) -> Arm:
 def _tiniest(slug: str) -> str:
     presets = load_class(slug).presets
     return next((name for name in ("tiny", "paper") if name in presets), next(iter(presets)))
-
-
-def slugs_of(methods: Sequence[str]) -> list[str]:
-    """The registered works among a composition's methods, for digests and citations."""
-    return [slug for slug in methods if slug in REGISTRY]

@@ -22,8 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserError
 from ..train.config import TrainConfig, load_config
 from .arms import REFERENCE, Arm
@@ -122,6 +120,7 @@ def prepare(contest: Contest, arms: Sequence[Arm], seeds: Sequence[int], out: Pa
     path = out / "contest.json"
     new = {"contest": asdict(contest), "conditions": contest.conditions(arms[0]), "arms": {}}
     found = json.loads(path.read_text()) if path.exists() else new
+    found["contest"] = new["contest"]  # how often to evaluate may change from one command to the next
     for key in MATCHED:
         if found["conditions"][key] != new["conditions"][key]:
             raise UserError(
@@ -152,7 +151,8 @@ def run(
     `report(running, done, failed)` is called every so many seconds. Processes are ended where this one is interrupted;
     their checkpoints stay.
     """
-    waiting, running, died, done = list(jobs), {}, [], 0  # type: ignore[var-annotated]
+    waiting, died, done = list(jobs), list[Job](), 0
+    running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
@@ -212,8 +212,3 @@ def collect(out: Path) -> Results:
     )
     save_results(out / "results.json", results)
     return results
-
-
-def describe(contest: Contest, arm: Arm) -> str:
-    """The settings of an arm as YAML, for people."""
-    return str(yaml.safe_dump(contest.config(arm, 0).methods, sort_keys=False))

@@ -164,7 +164,8 @@ def _curves(results: Results, drawn: set[str]) -> str:
     plots.append(
         (
             "Step cost",
-            "Median seconds of a step over GRPO's with the same seed, where both ran on the same kind of machine.",
+            "Median seconds of a step over GRPO's with the same seed, where both ran on the same kind of machine. "
+            "Rough: it also holds whatever else the machine did. `benchmarks/step_cost.py` measures cost.",
             _cost(results, drawn),
         )
     )

@@ -187,14 +187,15 @@ MATCHED = ("recipe", "settings", "budget_tokens", "steps", "evaluation")
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: [_short(row.get(name)) for row in rows] for name in names}
+    return {name: [short(row.get(name)) for row in rows] for name in names}
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[Row]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _short(value: Any) -> Any:
+def short(value: Any, digits: int = DIGITS) -> Any:
+    """A number with so many significant digits; None where it is not finite, because JSON has no nan."""
     if isinstance(value, bool) or not isinstance(value, float):
         return value
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

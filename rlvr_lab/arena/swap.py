@@ -9,9 +9,9 @@ import numpy as np
 
 from .analysis import ACCURACY, blocks, early_stopped, matched
 from .arms import REFERENCE
-from .results import Results, Vector
+from .results import Results, Vector, short
 
-DISTINCT = "distinct_correct"
+DISTINCT, DIGITS = "distinct_correct", 4
 BLOCK = 5
 """Steps of training that are one point of a curve."""
 Curve = dict[str, list[float | None]]
@@ -52,10 +52,10 @@ def _evaluation(results: Results, name: str, step: int, accuracy: float, distinc
     match = matched(results, name, DISTINCT, step=step)
     return {
         "step": step,
-        "accuracy": _short(accuracy),
-        "distinct": _short(distinct),
-        "gap": _short(match.mean),
-        "half": _short(match.half),
+        "accuracy": short(float(accuracy), DIGITS),
+        "distinct": short(float(distinct), DIGITS),
+        "gap": short(float(match.mean), DIGITS),
+        "half": short(float(match.half), DIGITS),
         "beyond": match.beyond,
         "seeds": len(match.per_seed),
     }
@@ -63,7 +63,7 @@ def _evaluation(results: Results, name: str, step: int, accuracy: float, distinc
 
 def _at(curves: dict[str, Curve], step: float) -> dict[str, float | None]:
     """Each curve's value at a step, for the mark on it."""
-    return {title: _short(float(np.interp(step, *_known(curve)))) for title, curve in curves.items()}
+    return {title: short(float(np.interp(step, *_known(curve))), DIGITS) for title, curve in curves.items()}
 
 
 def _known(curve: Curve) -> tuple[list[float], list[float]]:
@@ -72,8 +72,4 @@ def _known(curve: Curve) -> tuple[list[float], list[float]]:
 
 
 def _curve(x: Vector, y: Vector, half: Vector) -> Curve:
-    return {name: [_short(float(v)) for v in values] for name, values in (("x", x), ("y", y), ("half", half))}
-
-
-def _short(value: float) -> float | None:
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return {name: [short(float(v), DIGITS) for v in values] for name, values in (("x", x), ("y", y), ("half", half))}

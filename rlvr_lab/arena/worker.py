@@ -13,7 +13,7 @@ from ..train.config import TrainConfig
 from ..train.console import Lines
 from ..train.loop import Trainer, machine
 from ..train.update import TrainingStopped
-from .arms import Arm, slugs_of
+from .arms import Arm
 from .contest import Contest, Job
 from .digests import method_digests
 from .results import Row
@@ -65,7 +65,7 @@ def run_job(contest: Contest, job: Job) -> None:
         "steps": _steps(job),
         "evaluations": _evaluations(job),
         "stopped": stopped,
-        "digests": method_digests(slugs_of(list(config.methods))),
+        "digests": method_digests(config.methods),
         "machine": machine() | {"date": time.strftime("%Y-%m-%d")},
     }
     partial = job.record.with_suffix(".partial")

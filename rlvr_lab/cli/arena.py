@@ -150,6 +150,7 @@ def _show_progress(contest: Contest, jobs: Sequence[Job], parallel: int, threads
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -161,18 +162,18 @@ def _show_progress(contest: Contest, jobs: Sequence[Job], parallel: int, threads
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns) as progress:
         whole = progress.add_task("runs", total=len(jobs))
-        bars: dict[Job, int] = {}
+        bars: dict[Job, TaskID] = {}
 
         def report(running: Sequence[Job], done: int, failed: int) -> None:
             text = f"runs ({failed} died)" if failed else "runs"
             progress.update(whole, completed=done, description=text)
             for job in [job for job in bars if job not in running]:
-                progress.remove_task(bars.pop(job))  # type: ignore[arg-type]
+                progress.remove_task(bars.pop(job))
             for job in running:
                 if job not in bars:
                     total = None if contest.budget_tokens else contest.config(job.arm, job.seed).steps
                     bars[job] = progress.add_task(f"  {job.arm.name} seed {job.seed}", total=total)
-                progress.update(bars[job], completed=job.steps_done)  # type: ignore[arg-type]
+                progress.update(bars[job], completed=job.steps_done)
 
         return run(jobs, parallel, threads=threads, report=report)
 

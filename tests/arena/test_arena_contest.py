@@ -75,6 +75,13 @@ def test_a_folder_keeps_its_conditions(tmp_path: Path, other: Contest, key: str)
     assert (tmp_path / "contest.json").read_text() == before
 
 
+def test_how_often_to_evaluate_may_change_between_commands(tmp_path: Path) -> None:
+    prepare(CONTEST, resolve([]), [0], tmp_path)
+    finer = replace(CONTEST, settings=(*TINY, "evaluation.every=1"), reference_every=4)
+    prepare(finer, resolve([]), [0], tmp_path)
+    assert open_job(tmp_path, "grpo", 0)[0] == finer
+
+
 def test_an_arm_keeps_its_settings(tmp_path: Path) -> None:
     prepare(CONTEST, resolve(["kl_cov"]), [0], tmp_path)
     other = replace(CATALOGUE["kl_cov"], settings=("methods.kl_cov={preset: paper}",))

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-widgets = pytest.importorskip("rlvr_lab.show.widgets", reason="anywidget is not installed")
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-
-
-def node(expressions: list[str], tmp_path: Path) -> list[Any]:
-    path = tmp_path / "arm_swap.mjs"
-    path.write_text(widgets.javascript("arm_swap"), encoding="utf-8")
-    script = (
-        f"import * as w from {json.dumps(path.as_uri())};\nconsole.log(JSON.stringify([{', '.join(expressions)}]));"
-    )
-    command = ["node", "--input-type=module"]
-    result = subprocess.run(command, input=script, capture_output=True, text=True, check=True, timeout=60)
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
+from under_node import needs_node, node, widgets
 
 
 @needs_node
 def test_a_curve_fills_its_box_and_gaps_lift_the_pen(tmp_path: Path) -> None:
     wide, single, points, path = node(
+        "arm_swap",
         ["w.extent([[3, null], [1, 5]])", "w.extent([[2]])", "w.place([0, 5, 10], [1, null, 3], [0, 10], [1, 3])",
          "w.stroke([[0, 60], null, [50, 30], [100, 0]])"],
         tmp_path,
@@ -42,7 +28,9 @@ def test_a_curve_fills_its_box_and_gaps_lift_the_pen(tmp_path: Path) -> None:
 def test_a_band_goes_along_below_and_back_above(tmp_path: Path) -> None:
     curve = json.dumps({"x": [0, 5, 10], "y": [1, 1, 1], "half": [1, None, 1]})
     got, nothing = node(
-        [f"w.outline({curve}, [0, 10], [0, 2])", "w.outline({x: [0], y: [1], half: [1]}, [0, 1], [0, 2])"], tmp_path
+        "arm_swap",
+        [f"w.outline({curve}, [0, 10], [0, 2])", "w.outline({x: [0], y: [1], half: [1]}, [0, 1], [0, 2])"],
+        tmp_path,
     )
     assert got == "M0.0 60.0L100.0 60.0L100.0 0.0L0.0 0.0Z"
     assert nothing == ""
@@ -56,14 +44,14 @@ def arm(name: str, role: str = "method", of: str = "", **evaluation: Any) -> dic
 @needs_node
 def test_a_methods_own_controls_come_first(tmp_path: Path) -> None:
     arms = [arm("grpo", "reference"), arm("a"), arm("b"), arm("a_random", "control", "a"), arm("c")]
-    (names,) = node([f"w.rivals({json.dumps(arms)}, 'a').map((arm) => arm.name)"], tmp_path)
+    (names,) = node("arm_swap", [f"w.rivals({json.dumps(arms)}, 'a').map((arm) => arm.name)"], tmp_path)
     assert names == ["a_random", "b", "c"]
 
 
 @needs_node
 def test_what_is_said_about_an_evaluation(tmp_path: Path) -> None:
     cases = [arm("a"), arm("a", gap=-0.1, half=None), arm("a", gap=None, half=None, beyond=3), arm("a", distinct=None)]
-    good, falling, none, undefined = node([f"w.told({json.dumps(case)}, 9)" for case in cases], tmp_path)
+    good, falling, none, undefined = node("arm_swap", [f"w.told({json.dumps(case)}, 9)" for case in cases], tmp_path)
     assert good == (
         "a after step 20: pass@1 0.400, 1.50 distinct correct answers. "
         "Against GRPO stopped at the same pass@1: +0.10 ± 0.20."

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-widgets = pytest.importorskip("rlvr_lab.show.widgets", reason="anywidget is not installed")
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-
-
-def node(expressions: list[str], tmp_path: Path) -> list[Any]:
-    path = tmp_path / "run_reader.mjs"
-    path.write_text(widgets.javascript("run_reader"), encoding="utf-8")
-    script = (
-        f"import * as w from {json.dumps(path.as_uri())};\nconsole.log(JSON.stringify([{', '.join(expressions)}]));"
-    )
-    command = ["node", "--input-type=module"]
-    result = subprocess.run(command, input=script, capture_output=True, text=True, check=True, timeout=60)
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
+from under_node import needs_node, node, widgets
 
 
 @needs_node
 def test_means_leave_out_what_was_not_measured_and_what_is_still_to_come(tmp_path: Path) -> None:
     values = json.dumps([1, None, 3, 5, 100])
     got = node(
-        [f"w.recentMean({values}, 3, 2)", f"w.recentMean({values}, 1, 2)", f"w.earlyMean({values}, 3, 2)",
+        "run_reader", [f"w.recentMean({values}, 3, 2)", f"w.recentMean({values}, 1, 2)", f"w.earlyMean({values}, 3, 2)",
          f"w.earlyMean({values}, 0, 9)", "w.recentMean([null], 0, 3)"],
         tmp_path,
     )  # fmt: skip
@@ -40,7 +25,7 @@ def test_means_leave_out_what_was_not_measured_and_what_is_still_to_come(tmp_pat
 def test_what_was_paid_for_is_accuracy_per_halving(tmp_path: Path) -> None:
     entropy, accuracy = json.dumps([0.4, 0.4, 0.1, 0.1]), json.dumps([0.1, 0.1, 0.4, 0.4])
     late, early, risen = node(
-        [f"w.paid({entropy}, {accuracy}, 3, 2)", f"w.paid({entropy}, {accuracy}, 1, 2)",
+        "run_reader", [f"w.paid({entropy}, {accuracy}, 3, 2)", f"w.paid({entropy}, {accuracy}, 1, 2)",
          f"w.paid({accuracy}, {entropy}, 3, 2)"],
         tmp_path,
     )  # fmt: skip
@@ -53,6 +38,7 @@ def test_what_was_paid_for_is_accuracy_per_halving(tmp_path: Path) -> None:
 @needs_node
 def test_a_curve_spans_its_box_and_breaks_at_gaps(tmp_path: Path) -> None:
     whole, broken, flat = node(
+        "run_reader",
         ["w.curvePath([0, 2, 1], 100, 10)", "w.curvePath([0, null, 1], 100, 10)", "w.curvePath([3, 3], 100, 10)"],
         tmp_path,
     )

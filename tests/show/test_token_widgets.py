@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from under_node import needs_node, node, widgets
 
 from rlvr_lab.methods.high_entropy_tokens import top_count, top_mask
 from rlvr_lab.methods.negative_reinforcement import logit_gradient
 from rlvr_lab.methods.steer import exponential_weights
 
-widgets = pytest.importorskip("rlvr_lab.show.widgets", reason="anywidget is not installed")
-needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-
 VALUES = [0.3, 1.1, 0.0, 1.1, 0.7, 0.02, 0.0]
-
-
-def node(module: str, expressions: list[str], tmp_path: Path) -> list[Any]:
-    path = tmp_path / f"{module}.mjs"
-    path.write_text(widgets.javascript(module), encoding="utf-8")
-    script = (
-        f"import * as w from {json.dumps(path.as_uri())};\nconsole.log(JSON.stringify([{', '.join(expressions)}]));"
-    )
-    command = ["node", "--input-type=module"]
-    result = subprocess.run(command, input=script, capture_output=True, text=True, check=True, timeout=60)
-    return json.loads(result.stdout)  # type: ignore[no-any-return]
 
 
 @needs_node
