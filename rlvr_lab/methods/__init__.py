@@ -44,9 +44,9 @@ def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: s
     return Entry(slug, title, arxiv, "baselines", stage, f"methods.{slug}", cls, _BASELINES, recipe, _TESTED)
 
 
-def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str) -> Entry:
+def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str, status: str = _TESTED) -> Entry:
     chapter, recipe = f"4_token_level/{slug}", f"{slug}/math"
-    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, _TESTED)
+    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, status)
 
 
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
@@ -107,7 +107,7 @@ _ENTRIES = (
                  "Siren"),
     _token_level("epo", "Entropy-regularised policy optimisation (EPO)", "2509.22576", "regulariser", "EPO"),
     _token_level("arbitrary_entropy", "Arbitrary entropy policy optimisation (AEPO)", "2510.08141",
-                 "rollout, advantage", "ArbitraryEntropy"),
+                 "rollout, advantage", "ArbitraryEntropy", f"{_TESTED}; control not recorded yet"),
     _token_level("lp_reg", "Low-probability regularisation (Lp-Reg)", "2510.03222",
                  "regulariser, clip, surrogate", "LpReg"),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
