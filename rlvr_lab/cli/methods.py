@@ -61,7 +61,7 @@ def _method_row(slug: str) -> dict[str, str]:
         "stage": entry.stage,
         "hooks": ", ".join(hooks_of(cls)) if cls else "",
         "presets": ", ".join(cls.presets) if cls else "",
-        "chapter": entry.chapter,
+        "chapter": entry.chapter or "",
         "recipe": entry.recipe or "",
         "step time": "" if added is None else f"{added:+.0%}",
         "status": entry.status,

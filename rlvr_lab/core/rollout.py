@@ -27,13 +27,14 @@ PROVIDED_BY = {
     "prefix_length": "a method with a `sample` hook that branches",
     "turn_id": "a multi-turn environment (data.task)",
     "segment_id": "a method with a `sample` hook that segments responses",
+    "cluster_id": "a task that reads answers without their labels (data.task)",
     "ref_logprob": "the training loop, which keeps a copy of the starting policy for methods that require it",
     "token_entropy": "a sampling engine that records entropies, or update.recompute_old_logprob: true",
 }
 
 _PER_RESPONSE = (
     "prompt_id", "group_id", "finished", "policy_version", "bundle_id", "parent_id", "branch_position",
-    "prefix_length", "difficulty", "reward", "correct",
+    "prefix_length", "difficulty", "reward", "correct", "cluster_id",
 )  # fmt: skip
 _PER_TOKEN = (
     "response_ids", "response_mask", "action_mask", "behaviour_logprob", "behaviour_temperature", "turn_id",
@@ -89,6 +90,8 @@ class Rollout:
     correct: Tensor | None = None
     answer: tuple[str | None, ...] | None = None
     """Canonical form of each answer; None where none could be read."""
+    cluster_id: Tensor | None = None
+    """Answers of one group that mean the same carry one id, found without labels; -1 where none could be read."""
     reward_components: Mapping[str, Tensor] = field(default_factory=dict)
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Token statistics [B, T] by name, such as `token_entropy` in nats."""

@@ -104,6 +104,7 @@ class RlvrGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._suppress_scoring = False
         super().__init__(model, reward_funcs, _own(args or GRPOConfig("rlvr-lab-trl"), self.pipeline), *rest, **others)
         self._refuse_what_does_not_fit()
+        self.pipeline.bind(lambda text: list(self._tokenizer(text, add_special_tokens=False)["input_ids"]))
         self.world = World(self.accelerator.process_index, self.accelerator.num_processes)
         self.parts = Parts(self.model, self.pipeline, self._current)
         self._rollout: Rollout | None = None
@@ -159,12 +160,12 @@ class RlvrGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return {"rows": self._queue.pop(0)}
 
     def _begin_rollout(self, generation_batch: Any) -> None:
-        self._rollout = rollout = self._collect(generation_batch)
+        rollout, advantage = self.pipeline.credit(self._collect(generation_batch))
+        self._rollout = rollout
         number, done = divmod(self.state.global_step, self.steps_per_rollout)
         generator = torch_generator(self.args.seed, "minibatches", number, torch.device("cpu"))
         self._totals = UpdateTotals()
         self._left = self.steps_per_rollout - done
-        advantage = self.pipeline.advantage(rollout)
         self._minibatches = deal(rollout, advantage, generator, self.minibatches, int(self.num_iterations), skip=done)
         self._generator = generator
 

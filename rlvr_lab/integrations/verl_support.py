@@ -10,6 +10,7 @@ sees everything our loop sees.
 | `temper` | yes | no: verl samples at one temperature | no |
 | `reward`, `filter` | yes | verl's reward function, `algorithm.filter_groups` | yes; no refill |
 | `advantage` | whole rollout | rewards, mask, group; whole rollout | whole rollout |
+| `channels` | whole rollout | no | whole rollout |
 | `prepare` | optimizer minibatch | no: a micro-batch of one rank | optimizer minibatch |
 | `weight` | optimizer minibatch | no | optimizer minibatch |
 | `clip`, `surrogate` | yes | from log-probs and advantage | yes |
@@ -50,6 +51,7 @@ _WHY_NOT_A = {
     "select": "chooses problems; in verl that is the dataset or data.sampler",
     "sample": "samples in its own way; in verl that is an agent loop",
     "temper": "sets the temperature of every token while sampling, and verl's rollout has one (tau: 0 switches it off)",
+    "channels": "needs a second advantage channel over the whole rollout; a registered loss is given one",
     "prepare": "takes a statistic or a selection over the optimizer minibatch; a registered loss sees one micro-batch",
     "weight": "weights tokens by fields of the rollout that a registered loss is not given",
     "regularise": "adds a term from entropies or reference log-probs that a registered loss is not given",

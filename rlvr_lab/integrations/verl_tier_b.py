@@ -262,6 +262,7 @@ class RlvrTrainer(PPOTrainerSync):  # type: ignore[misc]
 
     def on_init_end(self) -> None:
         """Give the workers our loss, then go on as verl does."""
+        self.pipeline.bind(lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         self.send_loss()
         super().on_init_end()
 
@@ -278,7 +279,7 @@ class RlvrTrainer(PPOTrainerSync):  # type: ignore[misc]
         check_fields(self.pipeline, rollout)
         self._observed = _measure(rollout)
         rollout = self.pipeline.filter(self.pipeline.reward(rollout))
-        advantage = self.pipeline.advantage(rollout) if len(rollout) else torch.zeros(0, 1)
+        rollout, advantage = self.pipeline.credit(rollout) if len(rollout) else (rollout, torch.zeros(0, 1))
         self._graded = rollout, advantage
         metrics["rlvr/rows_kept"] = len(rollout) / max(len(padding) - sum(padding), 1)
         whole = _scatter(rollout, advantage, len(batch), int(data["responses"].offsets().diff().max()))

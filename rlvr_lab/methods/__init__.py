@@ -18,7 +18,8 @@ __all__ = ["REGISTRY", "Entry", "Method", "Pipeline", "build", "compose", "hooks
 class Entry:
     """Where a work lives and where it comes from. `chapter` and `recipe` are paths without ending.
 
-    `module` is dotted below `rlvr_lab`; `cls` is None for an analysis, which measures and does not train.
+    `module` is dotted below `rlvr_lab`; `cls` is None for an analysis, which measures and does not train;
+    `chapter` is None where it is still to be written.
     """
 
     slug: str
@@ -28,7 +29,7 @@ class Entry:
     stage: str
     module: str
     cls: str | None
-    chapter: str
+    chapter: str | None
     recipe: str | None
     status: str
     """`tested`: golden values and gradients, invariance, presets, chapter with control."""
@@ -47,6 +48,13 @@ def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: s
 def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str, status: str = _TESTED) -> Entry:
     chapter, recipe = f"4_token_level/{slug}", f"{slug}/math"
     return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, status)
+
+
+def _signal(slug: str, title: str, arxiv: str, stage: str, cls: str, chapter: bool = False) -> Entry:
+    """What acts before the loss: on rewards, on advantages, on which prompts are seen."""
+    status = _TESTED if chapter else f"{_TESTED}; chapter to come"
+    where = f"5_signal/{slug}" if chapter else None
+    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, where, f"{slug}/math", status)
 
 
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
@@ -110,6 +118,7 @@ _ENTRIES = (
                  "rollout, advantage", "ArbitraryEntropy", f"{_TESTED}; control not recorded yet"),
     _token_level("lp_reg", "Low-probability regularisation (Lp-Reg)", "2510.03222",
                  "regulariser, clip, surrogate", "LpReg"),
+    # one `_signal(...)` for each work on rewards, advantages and data
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip

@@ -13,6 +13,7 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 | `reward` | rollout with statistics | reward components by name, [B] each | all are added |
 | `filter` | graded rollout | rollout with rows dropped or tokens unmarked | one after the other |
 | `advantage` | whole rollout | advantage [B, T] | exclusive |
+| `channels` | whole rollout, advantage | further advantage channels [B, T] by name | all are recorded |
 | `prepare` | optimizer minibatch, advantage, generator | token statistics [B, T] by name | all are recorded |
 | `weight` | optimizer minibatch, advantage | token weights [B, T] of the surrogate | multiplied |
 | `clip` | optimizer minibatch, advantage | lower and upper bound of the ratio | exclusive |
@@ -21,6 +22,9 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 | `surrogate` | micro-batch (`LossInputs`) | per-token loss (`Surrogate`) | exclusive |
 | `regularise` | micro-batch (`LossInputs`) | extra per-token loss [b, T] | all are added |
 | `observe` | step metrics | nothing; changes its own state | all are told |
+
+`channels` exists for what must be known of the whole rollout and is no advantage of its own, such as a second one that
+a surrogate blends with the first. What it returns are statistics of the rollout from then on.
 
 `prepare` exists so that choices which span the minibatch (top-k, quantiles, covariances) are made before it is split
 into micro-batches. `weight` multiplies the surrogate alone; regularisers are reduced over all tokens.
@@ -34,7 +38,8 @@ factors, and no method. Behaviour log-probs are then those of each token's own t
 of `rollout.temperature`.
 
 Beside the hooks a method may speak: `metrics` adds figures to the step's, `notices` tells the user something once, and
-`check_run` refuses, before the first step, what cannot be right for the run.
+`check_run` refuses, before the first step, what cannot be right for the run. `bind` comes before it and turns texts of
+the settings, such as an end-of-thinking marker, into token ids.
 """
 
 from __future__ import annotations
@@ -53,10 +58,21 @@ from ..core.temperature import TemperatureRule
 from ..errors import UserError
 
 EXCLUSIVE = ("select", "sample", "temper", "advantage", "clip", "surrogate")
-CHAINED = ("reward", "filter", "prepare", "weight", "regularise", "observe", "read_old_logits", "read_logits")
-HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "read_logits", "prepare",
-         "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
+CHAINED = (
+    "reward",
+    "filter",
+    "channels",
+    "prepare",
+    "weight",
+    "regularise",
+    "observe",
+    "read_old_logits",
+    "read_logits",
+)
+HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels", "read_logits",
+         "prepare", "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
+Encode = Callable[[str], list[int]]
 CURRENT = ("current_logprob", "current_entropy")
 """Statistics of the policy being updated, scored over the whole minibatch for methods with `needs_current`."""
 MOMENTS = ("current_collision", "current_cross")
@@ -135,6 +151,10 @@ class Method:
         """Take up the state of a checkpoint."""
         if state:
             raise UserError(f"checkpoint holds state for method '{self.slug}', which keeps none")
+
+    def bind(self, encode: Encode) -> None:
+        """Told once, when the tokenizer is known and before `check_run`, how a text becomes token ids (without special
+        tokens). Raises UserError for a text of the settings that the method cannot find in this vocabulary."""
 
     def check_run(self, vocabulary: int, steps: int) -> None:
         """Asked once the model is loaded. Raises UserError for a setting that this run cannot fulfil."""
@@ -223,6 +243,11 @@ class Pipeline:
             for name in method.requires:
                 rollout.require(name, by=method.slug)
 
+    def bind(self, encode: Encode) -> None:
+        """Tell every method how a text becomes token ids."""
+        for method in self.methods:
+            method.bind(encode)
+
     def check_run(self, vocabulary: int, steps: int) -> None:
         """Let every method refuse what it cannot do with so many words and steps. Raises UserError."""
         for method in self.methods:
@@ -257,6 +282,14 @@ class Pipeline:
         """Advantage [B, T], zero outside the mask, without gradient."""
         value: Tensor = self.owner("advantage").advantage(rollout)
         return value.detach().masked_fill(~rollout.mask, 0.0)
+
+    def credit(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+        """The rollout with every method's further channels recorded, and its advantage [B, T]."""
+        advantage = self.advantage(rollout)
+        for method in self._chain("channels"):
+            found = method.channels(rollout, advantage)
+            rollout = rollout.with_statistics(**{k: v.detach().masked_fill(~rollout.mask, 0) for k, v in found.items()})
+        return rollout, advantage
 
     def reader(self, old: bool = False) -> Callable[[Tensor, Tensor], dict[str, Tensor]] | None:
         """What all methods read from log-probs [..., V] and ids [...], as one function; None where none reads.

@@ -29,6 +29,10 @@ class Policy:
         """Device of the parameters."""
         return torch.device(self.model.device)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: list[int]) -> str:
         """Response text with special tokens kept, because verifiers look for them."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 ProblemT_contra = TypeVar("ProblemT_contra", contravariant=True)
+
+
+class Outcome(StrEnum):
+    """What a verifier can find."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSABLE = "unparsable"
+    """There was no answer to read."""
+    REFUSED = "refused"
+    """Checking it would break a limit on time, depth or size."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,18 @@ class Verdict:
     correct: bool
     answer: str | None
     reason: str
+    refused: bool = False
+    points: Mapping[str, float] = field(default_factory=dict)
+    """Partial credits by name, which become reward components beside `correct`."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict as one word."""
+        if self.correct:
+            return Outcome.CORRECT
+        if self.refused:
+            return Outcome.REFUSED
+        return Outcome.UNPARSABLE if self.answer is None else Outcome.WRONG
 
 
 class Task(Protocol[ProblemT_contra]):

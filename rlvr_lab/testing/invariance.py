@@ -33,7 +33,7 @@ def update_result(
     """Loss and gradient of `rollout` as one optimizer minibatch, its rows taken in `order`. No optimizer step."""
     order = torch.arange(len(rollout)) if order is None else order
     updater = Updater(model, torch.optim.SGD(model.parameters()), pipeline, micro_batch_rows=micro_batch_rows)
-    advantage = pipeline.advantage(rollout)
+    rollout, advantage = pipeline.credit(rollout)
     batch = rollout.rows(order)
     part = advantage[order][:, : batch.response_ids.shape[1]]
     model.zero_grad(set_to_none=True)

@@ -96,7 +96,7 @@ class Trainer:
         self.pipeline = compose([build(slug, settings) for slug, settings in config.methods.items()])
         models = setup.load_models(config, world, start, self.pipeline.needs("ref_logprob"))
         self.policy, self.sampler = models.policy, models.sampler
-        self.pipeline.check_run(self.policy.model.config.vocab_size, config.steps)
+        self._bind(self.pipeline)
         self.device = pick_device(config.model.device)
         self.problems: Problems = load_problems(config, self.policy, self.console.say)
         self.optimizer = setup.make_optimizer(self.policy.model, config.optimizer)
@@ -118,8 +118,13 @@ class Trainer:
 
     def use(self, pipeline: Pipeline) -> None:
         """Train with another composition than the settings name: methods of your own, before `run`."""
-        pipeline.check_run(self.policy.model.config.vocab_size, self.config.steps)
+        self._bind(pipeline)
         self.pipeline = self.updater.pipeline = self.collector.pipeline = pipeline
+
+    def _bind(self, pipeline: Pipeline) -> None:
+        """Let the methods find their texts in this vocabulary, and refuse what this run cannot fulfil."""
+        pipeline.bind(self.policy.encode)
+        pipeline.check_run(self.policy.model.config.vocab_size, self.config.steps)
 
     # -- opening ------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ class Updater:
         Raises TrainingStopped on a loss that is not finite, before the optimizer sees it; or, where the guard leaves
         such minibatches out, when it left out too many in a row.
         """
-        advantage = self.pipeline.advantage(rollout)
+        rollout, advantage = self.pipeline.credit(rollout)
         totals = UpdateTotals()
         for _ in range(self.epochs):
             order = torch.randperm(len(rollout), generator=generator, device=generator.device)

@@ -145,6 +145,40 @@ def test_what_prepare_finds_is_recorded_for_the_other_hooks() -> None:
     assert set(weight[rollout.mask].tolist()) == {0.0, 1.0}
 
 
+def test_channels_span_the_rollout_and_stay_with_its_rows() -> None:
+    class Second(Method):
+        """A second advantage, centred over all prompts, undefined in the padding."""
+
+        slug = "second"
+
+        def channels(self, rollout, advantage_BT):  # type: ignore[no-untyped-def]
+            centred = rollout.reward - rollout.reward.mean()
+            return {"second.advantage": centred[:, None] + advantage_BT + torch.zeros_like(advantage_BT) / rollout.mask}
+
+    rollout = make_rollout([1, 3, 2]).with_(reward=torch.tensor([1.0, 0.0, 0.5]))
+    credited, advantage = compose([Reinforce(), Second()]).credit(rollout)
+    second = credited.statistics["second.advantage"]
+    assert second[rollout.mask].tolist() == (advantage + rollout.reward[:, None] - 0.5)[rollout.mask].tolist()
+    assert (second[~rollout.mask] == 0).all()
+    part = credited.rows(torch.tensor([1]))  # a minibatch of one row has nothing of its own to centre by
+    assert part.statistics["second.advantage"].tolist() == [[-0.5, -0.5, -0.5]]
+
+
+def test_every_method_learns_how_texts_become_ids() -> None:
+    class Marked(Method):
+        """Looks for a word."""
+
+        slug = "marked"
+        ids: tuple[int, ...] = ()
+
+        def bind(self, encode):  # type: ignore[no-untyped-def]
+            self.ids = tuple(encode("</think>"))
+
+    method = Marked()
+    compose([grpo(), method]).bind(lambda text: [len(text), 7])
+    assert method.ids == (8, 7)
+
+
 def test_rewards_add_up() -> None:
     rollout = make_rollout([1, 3]).with_(reward=None, reward_components={"correct": torch.tensor([1.0, 0.0])})
     done = compose([grpo(), LengthBonus(0.1)]).reward(rollout)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlvr_lab.tasks import countdown as cd
+from rlvr_lab.tasks.base import Outcome, Verdict
 from rlvr_lab.tasks.expressions import parse
 
 N = 400
@@ -211,3 +212,10 @@ def test_arithmetic_slips() -> None:
     assert cd.arithmetic_slips(slipped.split()) == (2, 3)
     assert cd.arithmetic_slips(["</think>", "1", "+", "1", "=", "3"]) == (0, 0)
     assert all(cd.arithmetic_slips(response)[0] == 0 for _, response in sequences(cd.RETRIES))
+
+
+def test_a_verdict_is_one_of_four_words() -> None:
+    assert Verdict(True, "a", "correct").outcome is Outcome.CORRECT
+    assert Verdict(False, "a", "not b").outcome is Outcome.WRONG
+    assert Verdict(False, None, "no answer").outcome is Outcome.UNPARSABLE
+    assert Verdict(False, "9**9**9", "too large", refused=True).outcome is Outcome.REFUSED
