@@ -77,6 +77,8 @@ def obstacles(methods: Sequence[Method], tier: Tier) -> list[str]:
         reasons = [why for hook, why in hooks.items() if method.has(hook)]
         if tier == "a" and not reasons:
             reasons += [f"needs '{name}'" for name in method.requires if name not in TIER_A_FIELDS]
+            if type(method).bind is not Method.bind:
+                reasons.append("looks for texts in responses, whose tokens a registered function is not given")
             if method.slug in MINIBATCH_CLIP:
                 reasons.append("takes its clip bounds over the optimizer minibatch")
         if getattr(method, "needs_moments", False):

@@ -69,8 +69,8 @@ CHAINED = (
     "read_old_logits",
     "read_logits",
 )
-HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels", "read_logits",
-         "prepare", "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
+HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels",
+         "read_logits", "prepare", "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
 Encode = Callable[[str], list[int]]
 CURRENT = ("current_logprob", "current_entropy")
