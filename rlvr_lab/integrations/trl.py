@@ -22,6 +22,7 @@ accelerate's own paths, written for and not run here; FSDP 1 is refused where a 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,6 +54,7 @@ from .exchange import (
     unsupported,
 )
 
+_log = logging.getLogger(__name__)
 OWNED = {
     "loss_type": "a method with a surrogate, such as cispo or sapo, and its `reduction`",
     "epsilon": "methods.grpo.clip_low and clip_high, or clip_higher",
@@ -416,8 +418,10 @@ class RlvrGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         totals.loss = self.world.sum_floats({"loss": totals.loss})["loss"]
         version = int(self._rollout.policy_version.max())
         metrics = shown_metrics(self._rollout) | sampler_metrics(self._rollout, version, self.model.config.vocab_size)
-        metrics |= totals.metrics() | {"lr": self._rate}
+        metrics |= totals.metrics() | self.pipeline.metrics() | {"lr": self._rate}
         self.pipeline.observe(metrics)
+        for text in self.pipeline.notices():
+            _log.warning(text)
         for name, value in metrics.items():
             if name not in ("loss", "grad_norm", "lr", "reward"):  # TRL's own logs have these
                 self._metrics["train"][name].append(value)
@@ -445,10 +449,15 @@ class RlvrGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class _EndOfStep(TrainerCallback):  # type: ignore[misc]
-    """Runs after the optimizer's step and before logging and saving."""
+    """Runs before the first step, and after each optimizer step before logging and saving."""
 
     def __init__(self, trainer: RlvrGRPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        trainer = self.trainer
+        rollouts = -(-int(state.max_steps) // trainer.steps_per_rollout)
+        trainer.pipeline.check_run(trainer.model.config.vocab_size, rollouts)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self.trainer._end_step()

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core.controllers import SignStepController
 from ..core.reduce import Reduction, masked_mean
 from ..core.rollout import Rollout
-from ._settings import check, check_choice, check_reduction
+from ._settings import check, check_choice, check_reachable, check_reduction
 from .base import LossInputs, Method
 
 Measure = Literal["token_entropy", "behaviour_logprob"]
@@ -77,6 +77,14 @@ class AdaptiveEntropy(Method):
         self.controller = SignStepController(
             c.target, c.step, c.minimum, c.maximum, c.initial, c.strict, c.open_at_start
         )
+
+    def check_run(self, vocabulary: int, steps: int) -> None:
+        """Refuse a target above the entropy of a uniform choice."""
+        check_reachable(self.config.target, vocabulary, "adaptive_entropy.target")
+
+    def metrics(self) -> dict[str, float]:
+        """`coefficient`: what the step's entropy term was multiplied by, 0 where the gate was shut."""
+        return {"coefficient": self.controller.coefficient}
 
     def filter(self, rollout: Rollout) -> Rollout:
         """The rollout as it is; without lag, its entropy sets the gate of this step."""

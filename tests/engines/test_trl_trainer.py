@@ -263,6 +263,18 @@ def test_two_ranks_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(two[name], value, rtol=0, atol=TOLERANCE)
 
 
+def test_methods_are_asked_for_refusals_metrics_and_notices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unreachable = {"adaptive_entropy": {"preset": "trl", "target": 99.0}}
+    with pytest.raises(UserError, match=r"adaptive_entropy\.target is 99\.0 nats"):
+        train(tmp_path, unreachable, max_steps=2)
+    methods = {"adaptive_entropy": {"preset": "trl", "target": 0.9}, "epo": {"phase": "paper", "horizon": 9}}
+    trainer = train(tmp_path, methods, max_steps=2)
+    logged = [row for row in trainer.state.log_history if "adaptive_entropy.coefficient" in row]
+    assert logged[0]["adaptive_entropy.coefficient"] == 0.0  # closed at first
+    # two optimizer steps are the minibatches of one rollout
+    assert "methods.epo.horizon is 9, but the run has 1 steps" in caplog.text
+
+
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """Four optimizer steps, or two, a checkpoint, and two more: same parameters, same state of the methods."""
     methods = {"adaptive_entropy": {"preset": "trl", "target": 0.9}, "clip_higher": {}}

@@ -551,6 +551,20 @@ def test_the_papers_gate_acts_on_the_step_that_was_measured(record: Rollout) -> 
     assert applied(method, record) == pytest.approx(0.0031)
 
 
+def test_a_target_above_the_uniform_entropy_is_refused() -> None:
+    method = made("adaptive_entropy", "paper", target=4.9)
+    method.check_run(vocabulary=150, steps=10)
+    with pytest.raises(UserError, match=r"adaptive_entropy\.target is 4\.9 nats, but 4\.852"):
+        method.check_run(vocabulary=128, steps=10)
+
+
+def test_the_applied_coefficient_is_logged(record: Rollout) -> None:
+    pipeline = compose([made("adaptive_entropy", "released", initial=0.003)])
+    assert pipeline.metrics() == {"adaptive_entropy.coefficient": 0.003}
+    pipeline.observe({"behaviour_logprob": -0.9})  # far above the target: the gate shuts
+    assert pipeline.metrics() == {"adaptive_entropy.coefficient": 0.0}
+
+
 @pytest.mark.parametrize("preset", ["paper", "released", "trl"])
 def test_a_checkpoint_holds_coefficient_and_gate(preset: str, record: Rollout) -> None:
     first, second = (compose([made("adaptive_entropy", preset)]) for _ in range(2))
