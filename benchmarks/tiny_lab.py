@@ -4,8 +4,9 @@ Run by hand after the checkpoints or the loop change (about ten minutes on two c
 
     python benchmarks/tiny_lab.py --base S --base R
 
-Writes, with provenance, `book/data/tiny_lab_<base>.json`, which the book reads; `--cards` then writes the model cards
-from these files. Every seed changes problems of training, sampling, minibatches and evaluation draws; the
+Writes, with provenance, `book/data/tiny_lab_<base>.json`, which the book reads. `--time` measures the steps alone, with
+all threads and nothing beside them, into `benchmarks/results/tiny_lab_time.json`. `--cards` then writes the model cards
+from both. Every seed changes problems of training, sampling, minibatches and evaluation draws; the
 held-out problems are the same 96.
 """
 
@@ -39,6 +40,7 @@ from rlvr_lab.train.console import Lines
 from rlvr_lab.train.loop import Trainer, machine
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMES = ROOT / "benchmarks" / "results" / "tiny_lab_time.json"
 RECIPES = {"S": "grpo/tiny", "R": "grpo/tiny_retries"}
 # sha256 of the weights of S and R before the heads were widened from 24 to 32
 NARROW_HEADS = (
@@ -113,6 +115,26 @@ def one_seed(base: str, seed: int, steps: int, every: int) -> dict[str, Any]:
         "seconds_steps": sum(row["seconds"] for row in history),
         "seconds_all": time.perf_counter() - started,
     }
+
+
+def timed(base: str, load_note: str) -> None:
+    """How long the recipe's steps take as they are shipped, without evaluations; added to `TIMES`."""
+    with tempfile.TemporaryDirectory(prefix=f"tiny_lab_{base}_") as folder:
+        config = load_config(RECIPES[base], ["evaluation.problems=0"])
+        run = Trainer(config, Path(folder) / "run", console=Lines()).run()
+    record = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    seconds = sum(row["seconds"] for row in run.history)
+    record[base] = {
+        "command": f"python benchmarks/tiny_lab.py --base {base} --time",
+        "recipe": RECIPES[base],
+        "steps": config.steps,
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(),
+        "load_note": load_note,
+    }
+    TIMES.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{config.steps} steps in {seconds:.1f} s, written to {TIMES}", flush=True)
 
 
 def each_seed(base: str, seeds: int, steps: int, every: int, jobs: int) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -230,12 +252,22 @@ def _broadening(config: dict[str, Any]) -> str:
 
 
 def _provenance(base: str, record: dict[str, Any]) -> str:
-    machine, seconds = record["machine"], [s["seconds_steps"] for s in record["seeds"]]
+    machine = record["machine"]
     other = "" if record["weights_sha256"] == digest(base) else _other_weights(record["weights_sha256"])
     return (
-        f"The {record['steps']} steps took {min(seconds):.0f} to {max(seconds):.0f} s on {machine['processor']}, "
-        f"{machine['threads']} threads\n({record['load_note']}). Measured {record['date']} with torch "
-        f"{machine['torch']}, transformers {machine['transformers']}.{other}"
+        f"Measured {record['date']} on {machine['processor']} with torch {machine['torch']}, transformers "
+        f"{machine['transformers']}.{_time(base)}{other}"
+    )
+
+
+def _time(base: str) -> str:
+    found = json.loads(TIMES.read_text()).get(base) if TIMES.exists() else None
+    if found is None:
+        return ""
+    return (
+        f"\nThe {found['steps']} steps without evaluations took {found['seconds']:.0f} s on "
+        f"{found['machine']['processor']}, {found['machine']['threads']} threads\n({found['load_note']}, "
+        f"{found['date']})."
     )
 
 
@@ -270,6 +302,7 @@ def main(
     every: Annotated[int, typer.Option(help="Evaluate every so many steps.")] = 20,
     jobs: Annotated[int, typer.Option(help="Processes of one thread each; 1 runs with all threads.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the data files.")] = ROOT / "book" / "data",
+    time_only: Annotated[bool, typer.Option("--time", help="Only time the steps of a run.")] = False,
     cards: Annotated[bool, typer.Option("--cards", help="Only write the model cards from the data.")] = False,
     load_note: Annotated[str, typer.Option(help="What else ran on the machine.")] = "nothing else running",
 ) -> None:
@@ -278,6 +311,10 @@ def main(
         for name in base or ["S", "R"]:
             record = json.loads((ROOT / "book" / "data" / f"tiny_lab_{name}.json").read_text())
             (tiny.shipped(name) / "README.md").write_text(model_card(name, record))
+        return
+    if time_only:
+        for name in base or ["S", "R"]:
+            timed(name, load_note)
         return
     for name in base or ["S", "R"]:
         runs, tempered = each_seed(name, seeds, steps, every, jobs)

@@ -32,6 +32,6 @@ def test_launcher_trains_two_rollouts(tmp_path: Path) -> None:
     states = sorted(out.glob("checkpoints/*/trainer_state.json"))
     history = json.loads(states[-1].read_text())["log_history"]
     assert [row["step"] for row in history if "token_entropy" in row] == [2, 4]
-    assert [row["learning_rate"] for row in history if "loss" in row] == pytest.approx([5.7e-4 / 8 * k for k in (1, 2)])
+    assert [row["learning_rate"] for row in history if "loss" in row] == pytest.approx([6.1e-4 / 8 * k for k in (1, 2)])
     before, after = (load_file(Path(d) / "model.safetensors") for d in (resolve("tiny/S"), out / "model"))
     assert any(not before[name].equal(after[name]) for name in before)

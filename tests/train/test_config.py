@@ -33,7 +33,7 @@ from rlvr_lab.train.config import describe_settings, load_config, packaged_recip
         ("model.dtype=float23", "setting 'model.dtype': did you mean 'float32'"),
         ("data.task=math", "task 'math' needs data.file"),
         ("data.file=x.jsonl", "data.file is set, but task 'countdown' makes its own problems"),
-        ("update.minibatches=9999", "update.minibatches is 9999, but a step has 180 responses"),
+        ("update.minibatches=9999", "update.minibatches is 9999, but a step has 168 responses"),
         ("methods.grpo.clip_hihg=0.3", "unknown setting methods.grpo.clip_hihg; did you mean 'clip_high'"),
         ("methods.grop.preset=tiny", "no method 'grop' in methods; did you mean 'grpo'"),
         ("methods.grpo.preset=smal", "methods.grpo.preset 'smal' does not exist"),
