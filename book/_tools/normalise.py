@@ -3,7 +3,8 @@
 ``python book/_tools/normalise.py CHAPTER.ipynb …``   rewrite in place (without names: all chapters)
 ``python book/_tools/normalise.py --check …``         exit 1 and name the notebooks that are not in canonical form
 
-Removed: timings, the kernel's patch version, editor state. Kept: outputs, because the pages are built from them, and
+Removed: timings, the kernel's patch version, editor state. Joined: what one cell printed, which a busy machine sends in
+several parts. Kept: outputs, because the pages are built from them, and
 widget state, because a page without a kernel draws its widgets from it. Made the same in every run: widget ids, which
 are random, become ``w0001``, ``w0002``, … in the order in which the widgets appear on the page; execution counts become
 1, 2, 3, … as in one run from top to bottom (nbval refuses a cell that has outputs and no count).
@@ -70,11 +71,23 @@ def _clean_cell(cell: Any, index: int) -> None:
         cell.pop("outputs", None)
         return
     cell.execution_count = None
+    cell.outputs = _joined(cell.outputs)
     for output in cell.outputs:
         if "metadata" in output:
             output.metadata = {}
         if PLOTLY in output.get("data", {}):
             output.data.pop("text/html", None)  # some front ends add 4.6 MB of plotly.js there
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Outputs with neighbours of one stream as one."""
+    found: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and found and found[-1].get("name") == output.name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 def _set_execution_count(cell: Any, count: int) -> None:
