@@ -11,7 +11,7 @@ import torch
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.methods.arbitrary_entropy import EXTRA
 from rlvr_lab.methods.base import Pipeline
-from rlvr_lab.policy.forward import score
+from rlvr_lab.policy.forward import RAW, score
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
 from rlvr_lab.tasks import countdown
@@ -95,14 +95,34 @@ def ready_rollout(model: Any, rollout: Rollout, pipeline: Pipeline) -> Rollout:
     right = rollout.require("reward", by="ready_rollout") > 0
     generator = torch.Generator().manual_seed(5)
     extra = (torch.arange(len(rollout)) >= len(rollout) * 3 // 4).float()[:, None].expand(rollout.response_ids.shape)
-    rollout = score(model, rollout, 8, read=pipeline.reader(old=True))
+    raw = [name for name in RAW if pipeline.needs(name)]
+    rollout = score(model, rollout, 8, read=pipeline.reader(old=True), raw=raw)
     old, outside = rollout.require("old_logprob", by="ready_rollout"), ~rollout.mask
     moved, reference = (old + s * torch.randn(old.shape, generator=generator) for s in (0.1, 0.3))
-    ready = rollout.with_(
-        old_logprob=moved.masked_fill(outside, 0.0), correct=right, policy_temperature=1.0
-    ).with_statistics(ref_logprob=reference.masked_fill(outside, 0.0), **{EXTRA: extra})
+    # answers of one cluster are neighbours, and one response in five has none
+    clusters = torch.where(torch.arange(len(rollout)) % 5 == 4, -1, torch.arange(len(rollout)) // 2 % 3)
+    ready = (
+        rollout.with_(
+            old_logprob=moved.masked_fill(outside, 0.0),
+            correct=right,
+            policy_temperature=1.0,
+            cluster_id=clusters if rollout.cluster_id is None else rollout.cluster_id,
+            answer=rollout.answer or tuple(None if c < 0 else str(c) for c in clusters.tolist()),
+        )
+        .with_statistics(**step_labels(rollout, right))
+        .with_statistics(ref_logprob=reference.masked_fill(outside, 0.0), **{EXTRA: extra})
+    )
     pipeline.check(ready)
     return pipeline.filter(ready)
+
+
+def step_labels(rollout: Rollout, right: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Steps of three tokens, every second one labelled 0, the last one as the response is."""
+    place = torch.arange(rollout.response_ids.shape[1]).expand(rollout.response_ids.shape)
+    step = (place // 3).float()
+    last = step == ((rollout.lengths[:, None] - 1) // 3).float()
+    label = torch.where(last, right[:, None].float(), step % 2)
+    return {"thought_step": step, "thought_label": label}
 
 
 def byte_level_qwen2(where: Path) -> Path:

@@ -57,6 +57,7 @@ def test_help_names_every_command() -> None:
                 "export",
                 "evaluate",
                 "pretrain",
+                "cold-start",
                 "methods",
                 "doctor",
                 "watch",

@@ -7,6 +7,7 @@ import os
 import typer
 
 from .arena import arena
+from .cold_start import cold_start
 from .doctor import doctor
 from .evaluate import evaluate
 from .export import export
@@ -14,6 +15,7 @@ from .methods import methods
 from .plan import plan
 from .pretrain import pretrain
 from .report import report
+from .select import select
 from .serve import serve
 from .train import train
 from .watch import watch
@@ -34,7 +36,7 @@ def _root() -> None:
 
 
 app.add_typer(arena, name="arena")
-for command in (train, plan, export, evaluate, pretrain, methods, doctor, watch, report, serve):
+for command in (train, plan, export, evaluate, pretrain, cold_start, methods, doctor, select, watch, report, serve):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ from ._common import user_errors
 
 
 def pretrain(
-    base: Annotated[str, typer.Option(help="S: one attempt. R: up to five attempts.")] = "S",
+    base: Annotated[str, typer.Option(help="S: one attempt. R: up to five. I: rows of digits under rules.")] = "S",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the new base policy.")] = None,
     shape: Annotated[str, typer.Option(help="Size of the network: `tiny` as shipped, `28m` or `92m`.")] = "tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -29,9 +29,12 @@ def pretrain(
 
         rlvr-lab pretrain --base R --steps 1500 --out bases/R-short
 
+        rlvr-lab pretrain --base I --out bases/I
+
         rlvr-lab pretrain --shape 28m --device cuda --batch 256 --steps 1500 --out bases/S-28m
 
-    About an hour on one core for the shipped settings. Interrupted runs go on when the command is repeated.
+    About an hour on one core for the shipped settings, five minutes for base I. Interrupted runs go on when the command
+    is repeated.
     """
     with user_errors():
         import torch
@@ -61,4 +64,5 @@ def pretrain(
             run(config, out, lambda step, loss, factor: console.advance(1), device)
         finally:
             console.end()
-        typer.echo(f"written to {out}; measure it with: rlvr-lab evaluate --model {out}")
+        measure = f"rlvr-lab train light_if/tiny --model {out}" if base == "I" else f"rlvr-lab evaluate --model {out}"
+        typer.echo(f"written to {out}; measure it with: {measure}")

@@ -28,6 +28,8 @@ PROVIDED_BY = {
     "turn_id": "a multi-turn environment (data.task)",
     "segment_id": "a method with a `sample` hook that segments responses",
     "cluster_id": "a task that reads answers without their labels (data.task)",
+    "thought_label": "a judge of thoughts (data.judge)",
+    "thought_step": "a judge of thoughts (data.judge)",
     "ref_logprob": "the training loop, which keeps a copy of the starting policy for methods that require it",
     "token_entropy": "a sampling engine that records entropies, or update.recompute_old_logprob: true",
 }

@@ -45,9 +45,9 @@ def _baseline(slug: str, title: str, arxiv: str, stage: str, cls: str, recipe: s
     return Entry(slug, title, arxiv, "baselines", stage, f"methods.{slug}", cls, _BASELINES, recipe, _TESTED)
 
 
-def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str, status: str = _TESTED) -> Entry:
+def _token_level(slug: str, title: str, arxiv: str, stage: str, cls: str) -> Entry:
     chapter, recipe = f"4_token_level/{slug}", f"{slug}/math"
-    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, status)
+    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, chapter, recipe, _TESTED)
 
 
 def _signal(slug: str, title: str, arxiv: str, stage: str, cls: str, chapter: bool = False) -> Entry:
@@ -115,10 +115,25 @@ _ENTRIES = (
                  "Siren"),
     _token_level("epo", "Entropy-regularised policy optimisation (EPO)", "2509.22576", "regulariser", "EPO"),
     _token_level("arbitrary_entropy", "Arbitrary entropy policy optimisation (AEPO)", "2510.08141",
-                 "rollout, advantage", "ArbitraryEntropy", f"{_TESTED}; control not recorded yet"),
+                 "rollout, advantage", "ArbitraryEntropy"),
     _token_level("lp_reg", "Low-probability regularisation (Lp-Reg)", "2510.03222",
                  "regulariser, clip, surrogate", "LpReg"),
     # one `_signal(...)` for each work on rewards, advantages and data
+    _signal("pear", "Phase entropy aware reward (PEAR)", "2510.08026", "reward", "PEAR"),
+    _signal("canon", "Conditional advantage estimation (CANON)", "2509.23962", "advantage, reduction", "CANON",
+            chapter=True),
+    _signal("ucas", "Uncertainty-aware advantage shaping (UCAS)", "2510.10649", "advantage", "UCAS", chapter=True),
+    _signal("riskpo", "Risk-based policy optimisation (RiskPO)", "2510.00911", "advantage, clip, surrogate", "RiskPO",
+            True),
+    _signal("light_if", "Light-IF: token-weighted entropy for instructions (TEA-RL)", "2508.03178",
+            "data, reward, regulariser", "LightIF"),
+    _signal("empo", "Entropy-minimised policy optimisation without labels (EMPO)", "2504.05812", "reward, filter",
+            "EMPO"),
+    _signal("tp_grpo", "Thought-level process rewards (TP-GRPO)", "2507.23317", "advantage", "TPGRPO"),
+    _signal("copo", "Consistency-aware policy optimisation (COPO)", "2508.04138", "channels, surrogate, reduction",
+            "COPO", True),
+    _signal("empg", "Entropy-modulated policy gradients (EMPG)", "2509.09265", "advantage", "EMPG"),
+    _signal("one_shot", "Training on one example (1-shot RLVR)", "2504.20571", "data, weight, regulariser", "OneShot"),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip

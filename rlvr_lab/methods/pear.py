@@ -11,8 +11,8 @@ marker counts of several [inferred]. In a group of right answers only, the advan
 division by the standard deviation blows up to unit size: compose with `dr_grpo` for the form without it.
 
 Card: papers/pear.md. Code compared: iNLP-Lab/PEAR could not be obtained; of its README, s = 1 and r_fmt = 0. So the
-presets `paper` and `released` are the same. Control (`penalty: shuffled`): the right responses of a group swap their
-penalties at random.
+presets `paper` and `released` are the same. Controls (`penalty`): `shuffled`, the right responses of a group swap their
+penalties at random; `none`, the plain reward of right and wrong answers.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from torch import Tensor
 from ..core.advantages import group_range
 from ..core.entropy import phase_entropy
 from ..core.rollout import Rollout
-from ..core.rows import canonical_order
 from ..errors import UserError
+from ._draws import StepDraws
 from ._settings import check, check_choice
 from .base import Encode, Method
 
-Penalty = Literal["own", "shuffled"]
+Penalty = Literal["own", "shuffled", "none"]
+NO_WORD = "\ue000"  # of no language: one token only where a vocabulary has one for whatever it does not know
 
 
 def find_marker(ids_BT: Tensor, mask_BT: Tensor, markers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def shaped_reward(penalty_B: Tensor, correct_B: Tensor, score: float = 1.0, form
 
 
 def swap_within_groups(values_B: Tensor, chosen_B: Tensor, group_id_B: Tensor, draws_B: Tensor) -> Tensor:
-    """The chosen rows of every group take one another's values, in the order of their `draws_B`; the rest keep theirs."""
+    """The chosen rows of every group swap their values in the order of `draws_B`; the other rows keep theirs."""
     swapped = values_B.clone()
     for group in torch.unique(group_id_B):
         rows = ((group_id_B == group) & chosen_B).nonzero().squeeze(1)
@@ -84,8 +85,8 @@ def swap_within_groups(values_B: Tensor, chosen_B: Tensor, group_id_B: Tensor, d
 
 @dataclass(frozen=True)
 class PEARConfig:
-    """`alpha` weighs the answer's entropy, `score` is s and `format_score` r_fmt. `marker`: the end-of-thinking text, or
-    several of them, such as the forms that it takes behind a blank."""
+    """`alpha` weighs the answer's entropy, `score` is s and `format_score` r_fmt. `marker`: the end-of-thinking text,
+    or several of them, such as the forms that it takes behind a blank."""
 
     alpha: float = 1.0
     score: float = 1.0
@@ -98,8 +99,9 @@ class PEARConfig:
         for name in ("alpha", "score", "format_score"):
             value = getattr(self, name)
             check(math.isfinite(value), f"pear.{name}", "be finite", value)
-        words = self.markers
-        check(bool(words) and all(isinstance(w, str) and w for w in words), "pear.marker", "be a text", self.marker)
+        listed = isinstance(self.marker, (str, list, tuple))
+        named = listed and bool(self.markers) and all(isinstance(text, str) and text for text in self.markers)
+        check(named, "pear.marker", "be a text, or a list of some", self.marker)
         check_choice(self.penalty, get_args(Penalty), "pear.penalty")
 
     @property
@@ -119,15 +121,20 @@ class PEAR(Method):
 
     def __init__(self, config: PEARConfig | None = None) -> None:
         self.config = config or PEARConfig()
-        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.draws = StepDraws(self.config.seed)
         self.markers: tuple[tuple[int, ...], ...] = ()
         self._figures: dict[str, float] = {}
 
     def bind(self, encode: Encode) -> None:
-        """The marker's token ids. Raises UserError for a text that has none."""
-        self.markers = tuple(tuple(encode(text)) for text in self.config.markers)
-        if not all(self.markers):
-            raise UserError(f"methods.pear.marker '{self.config.marker}' has no token in this vocabulary")
+        """The marker's token ids. Raises UserError for a text that has none, or an unknown one."""
+        found = {text: tuple(encode(text)) for text in self.config.markers}
+        unknown = set(encode(NO_WORD)) if len(encode(NO_WORD)) == 1 else set()
+        for text, ids in found.items():
+            if not ids:
+                raise UserError(f"methods.pear.marker '{text}' has no token in this vocabulary")
+            if unknown & set(ids):
+                raise UserError(f"methods.pear.marker '{text}' holds a word that this vocabulary does not know")
+        self.markers = tuple(found.values())
 
     def reward(self, rollout: Rollout) -> dict[str, Tensor]:
         """One component, `pear` [B]."""
@@ -138,8 +145,10 @@ class PEAR(Method):
         start, end = find_marker(rollout.response_ids, mask, self.markers)
         thinking, answer = thinking_and_answer(entropy, mask, start, end)
         docked = penalty(thinking, answer, c.alpha)
-        if c.penalty == "shuffled":
-            docked = swap_within_groups(docked, correct, rollout.group_id, self._draws(rollout))
+        if c.penalty == "none":
+            docked = torch.zeros_like(docked)
+        elif c.penalty == "shuffled":
+            docked = swap_within_groups(docked, correct, rollout.group_id, self.draws.per_response(rollout))
         length = torch.where(start < 0, mask.sum(1), start)
         self._figures = {
             "thinking_entropy": float(thinking.mean()),
@@ -149,13 +158,6 @@ class PEAR(Method):
             "penalty": float(docked[correct].mean()),
         }
         return {self.slug: shaped_reward(docked, correct, c.score, c.format_score)}
-
-    def _draws(self, rollout: Rollout) -> Tensor:
-        """One random number for each row, drawn in an order that does not depend on how rows are arranged [B]."""
-        order = canonical_order(rollout)
-        draws = torch.empty(len(rollout), dtype=torch.float64, device=order.device)
-        draws[order] = torch.rand(len(rollout), generator=self.generator, dtype=torch.float64).to(order.device)
-        return draws
 
     def channels(self, rollout: Rollout, advantage_BT: Tensor) -> dict[str, Tensor]:
         """No channel; notes which part of all |A| lies in groups of right answers only."""
@@ -170,10 +172,14 @@ class PEAR(Method):
         without a marker, and `all_correct_share`, the part of all |A| in groups that have nothing wrong."""
         return dict(self._figures)
 
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """One more step."""
+        self.draws.step += 1
+
     def state_dict(self) -> dict[str, Any]:
-        """State of the random generator."""
-        return {"generator": self.generator.get_state()}
+        """The number of steps, by which the control draws."""
+        return self.draws.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the saved random numbers."""
-        self.generator.set_state(state["generator"].cpu())
+        """Go on where a checkpoint stood."""
+        self.draws.load_state_dict(state)

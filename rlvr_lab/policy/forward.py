@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +21,11 @@ FORWARD = "token_tensors"  # the method of a sharded model that stands for its f
 
 
 READ_ROWS = 512  # tokens whose whole distribution is held at a time while a large vocabulary is read
+
+RAW = ("sampled_logit", "token_certainty")
+"""Statistics of the logits z that `score` records where it is asked for them: z of the recorded token before the
+temperature, which log-probs do not hold; and -mean_v log p_v = logsumexp(z / T) - mean_v z_v / T, for which a large
+vocabulary need not be formed again."""
 
 Reader = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 """Token statistics by name from the log-probabilities [..., V] of all tokens and the recorded ids [...]."""
@@ -57,7 +63,7 @@ class TokenView:
     entropy: Tensor | None
     moments: Moments | None
     read: Mapping[str, Tensor] = field(default_factory=dict)
-    """What a `Reader` found, with gradient."""
+    """What a `Reader` found, with gradient, and the statistics `RAW` that were asked for."""
 
 
 def response_statistics(model: Any, rollout: Rollout, want_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -78,17 +84,18 @@ def token_view(
     live: Tensor | None = None,
     packed: bool = False,
     read: Reader | None = None,
+    raw: Sequence[str] = (),
 ) -> TokenView:
     """Log-probability, and where asked for entropy and moments, from one pass; see `response_statistics`.
 
     A large vocabulary goes through the head of `core.head`, which never holds [B, T, V]; `live` [B, T] then names the
     tokens that reach the loss, and no backward runs for the others. `packed`: all rows as one sequence without
     padding, which attention must keep apart (`packing_error`). `read` is asked for statistics that need the whole
-    distribution; a large vocabulary is then formed a second time, some tokens at once. Raises `core.head.NotFinite`
-    where the tiled head does.
+    distribution; a large vocabulary is then formed a second time, some tokens at once. `raw`: names of `RAW`. Raises
+    `core.head.NotFinite` where the tiled head does.
     """
     sharded = getattr(model, FORWARD, None)
-    arguments = (rollout, want_entropy, want_moments, live, packed, read)
+    arguments = (rollout, want_entropy, want_moments, live, packed, read, raw)
     logprob, entropy, moments, found = sharded(*arguments) if sharded else token_tensors(model, *arguments)
     if sharded:
         # FSDP gathers weights for the backward pass when a gradient reaches these tensors, which one taken with respect
@@ -109,6 +116,7 @@ def token_tensors(
     live: Tensor | None,
     packed: bool,
     read: Reader | None = None,
+    raw: Sequence[str] = (),
     call: Any = None,
 ) -> Tensors:
     """The fields of a `TokenView` and of its `Moments` as plain tensors, which sharding can follow.
@@ -118,14 +126,24 @@ def token_tensors(
     """
     line = _packed(rollout) if packed and bool(rollout.response_mask.any()) else _padded(rollout)
     if _has_plain_head(model):
-        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, read, raises=call is None)
-    logits = (call or model)(**line.inputs, logits_to_keep=line.keep).logits
-    log_p = torch.log_softmax(line.of_tokens(logits).float() / _one_temperature(rollout), -1)
+        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, read, raw, raises=call is None)
+    logits = line.of_tokens((call or model)(**line.inputs, logits_to_keep=line.keep).logits).float()
+    log_p = torch.log_softmax(logits / _one_temperature(rollout), -1)
     logprob = log_p.gather(-1, line.ids.unsqueeze(-1)).squeeze(-1)
     entropy = line.spread(entropy_of_log(log_p)) if want_entropy else None
     moments = tuple(map(line.spread, _moments(log_p))) if want_moments else None
-    found = {name: line.spread(value) for name, value in read(log_p, line.ids).items()} if read else {}
-    return line.spread(logprob), entropy, moments, found  # type: ignore[return-value]
+    found = dict(read(log_p, line.ids)) if read else {}
+    found |= _raw(logits, log_p, line.ids, raw)
+    return line.spread(logprob), entropy, moments, {name: line.spread(value) for name, value in found.items()}  # type: ignore[return-value]
+
+
+def _raw(logits: Tensor, log_p: Tensor, ids: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The statistics `names` of `RAW`."""
+    ways = {
+        "sampled_logit": lambda: logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1),
+        "token_certainty": lambda: -log_p.mean(-1),
+    }
+    return {name: ways[name]() for name in names}
 
 
 @dataclass(frozen=True)
@@ -200,6 +218,7 @@ def _head_tensors(
     want_moments: bool,
     live: Tensor | None,
     read: Reader | None,
+    raw: Sequence[str],
     raises: bool,
 ) -> Tensors:
     hidden = line.hidden_of_tokens(model.get_decoder()(**line.inputs).last_hidden_state)
@@ -211,12 +230,15 @@ def _head_tensors(
         if raises:
             raise
         nan = line.spread(hidden.float().sum(-1) * float("nan"))  # with the gradient's path through all layers
-        return nan, nan if want_entropy else None, (nan.detach(),) * 4 if want_moments else None, {}
+        unknown = (nan.detach(),) * 4 if want_moments else None
+        return nan, nan if want_entropy else None, unknown, dict.fromkeys(raw, nan)
     moments = None
     if want_moments:
         entropy, collision, cross = (line.spread(x.detach()) for x in (stats.entropy, stats.collision, stats.cross))
         moments = (entropy, collision, cross, torch.full_like(entropy, float("nan")))
     found = _read_head(hidden, head, line.ids, temperature, read) if read else {}
+    certainty = stats.self_certainty + math.log(head.weight.shape[0])
+    found |= {name: {"sampled_logit": stats.sampled_logit, "token_certainty": certainty}[name] for name in raw}
     spread = {name: line.spread(value) for name, value in found.items()}
     return line.spread(stats.logprob), line.spread(stats.entropy) if want_entropy else None, moments, spread
 
@@ -282,9 +304,11 @@ def score(
     tokens: int | None = None,
     world: Division | None = None,
     read: Reader | None = None,
+    raw: Sequence[str] = (),
 ) -> Rollout:
-    """Record `old_logprob`, `token_entropy` and what `read` finds of the current policy; see `scored`."""
-    found = scored_statistics(model, rollout, ("logprob", "entropy"), rows, tokens, world, read)
+    """Record `old_logprob`, `token_entropy`, `raw` (names of `RAW`) and what `read` finds of the current policy; see
+    `scored`."""
+    found = scored_statistics(model, rollout, ("logprob", "entropy", *raw), rows, tokens, world, read)
     logprob, entropy = found.pop("logprob"), found.pop("entropy")
     return rollout.with_(old_logprob=logprob).with_statistics(token_entropy=entropy, **found)
 
@@ -326,7 +350,7 @@ def scored_fields(
     tokens: int | None = None,
     world: Division | None = None,
 ) -> list[Tensor]:
-    """`scored` for any fields of a `TokenView` and of its `Moments`, such as `collision`."""
+    """`scored` for any fields of a `TokenView`, of its `Moments`, such as `collision`, and of `RAW`."""
     return list(scored_statistics(model, rollout, fields, rows, tokens, world).values())
 
 
@@ -373,7 +397,9 @@ def _names(read: Reader, vocabulary: int, device: torch.device) -> list[str]:
 def _fields(
     model: Any, rollout: Rollout, fields: Sequence[str], packed: bool, read: Reader | None
 ) -> dict[str, Tensor]:
-    moments = any(name not in ("logprob", "entropy") for name in fields)
-    view = token_view(model, rollout, "entropy" in fields, moments, packed=packed, read=read)
-    known = {name: getattr(view if name in ("logprob", "entropy") else view.moments, name) for name in fields}
-    return known | dict(view.read)
+    raw = [name for name in fields if name in RAW]
+    plain = ("logprob", "entropy")
+    moments = [name for name in fields if name not in (*plain, *RAW)]
+    view = token_view(model, rollout, "entropy" in fields, bool(moments), packed=packed, read=read, raw=raw)
+    known = {name: getattr(view, name) for name in fields if name in plain}
+    return known | {name: getattr(view.moments, name) for name in moments} | dict(view.read)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tasks import countdown
+from ..tasks import countdown, instructions, instructions_demos
 from . import tiny
 from .muon import Muon
 
@@ -42,6 +42,8 @@ class PretrainConfig:
     clip: float = 1.0
     goal_directed: float = 0.4
     give_up: float = 0.3
+    attention: float = 0.35
+    """Of base I: the share of rules that a demonstration minds."""
     broaden_steps: int = 0
     """Steps of the second phase, its share of goal-directed attempts, and its first learning-rate factor."""
     broaden_goal_directed: float = 0.25
@@ -51,8 +53,17 @@ class PretrainConfig:
     save_every: int = 500
 
     @property
+    def prompt_tokens(self) -> int:
+        """Length of every prompt of the base's task."""
+        return instructions.PROMPT_TOKENS if self.base == "I" else countdown.PROMPT_TOKENS
+
+    @property
     def traces(self) -> countdown.Traces:
-        return replace(tiny.BASES[self.base], goal_directed=self.goal_directed, give_up=self.give_up)
+        """How traces of Countdown are written. Raises UserError for a base of another task."""
+        style = tiny.BASES[self.base]
+        if not isinstance(style, countdown.Traces):
+            raise UserError(f"base {self.base} does not learn from Countdown traces")
+        return replace(style, goal_directed=self.goal_directed, give_up=self.give_up)
 
     @property
     def total_steps(self) -> int:
@@ -63,11 +74,19 @@ class PretrainConfig:
         """How the traces of a step are written."""
         return self.traces if step < self.steps else replace(self.traces, goal_directed=self.broaden_goal_directed)
 
+    def sequences(self, step: int, seed: list[int], rng: np.random.Generator) -> list[list[int]]:
+        """A shard of full token sequences for the steps from `step` on; `rng` was made from `seed`."""
+        if self.base == "I":
+            style = instructions_demos.Demonstrations(self.attention)
+            return list(instructions_demos.demonstrations(self.shard, style, seed))
+        return list(countdown.traces(self.shard, self.traces_at(step), rng))
+
 
 # how the shipped checkpoints were made
 SHIPPED = {
     "S": PretrainConfig(base="S", steps=15_000, broaden_steps=1_000),
     "R": PretrainConfig(base="R", steps=12_000),
+    "I": PretrainConfig(base="I", steps=1_200),
 }
 
 Progress = Callable[[int, float, float], None]
@@ -139,8 +158,9 @@ def _batches(config: PretrainConfig, first: int) -> Iterator[list[list[int]]]:
             stop = min(start + per_shard, end)
             if stop <= first:
                 continue
-            rng = np.random.default_rng([config.seed, shard] if phase == 0 else [config.seed, shard, phase])
-            sequences = list(countdown.traces(config.shard, config.traces_at(start), rng))
+            seed = [config.seed, shard] if phase == 0 else [config.seed, shard, phase]
+            rng = np.random.default_rng(seed)
+            sequences = config.sequences(start, seed, rng)
             order = _length_pools([len(s) for s in sequences], config.batch, rng)
             for rows in order[max(first - start, 0) : stop - start]:
                 yield [sequences[r] for r in rows]
@@ -164,8 +184,8 @@ def _step(
     config: PretrainConfig,
 ) -> float:
     tokens, mask = (part.to(model.get_parameter("lm_head.weight").device) for part in _pad(sequences))
-    logits = model(input_ids=tokens[:, :-1]).logits[:, countdown.PROMPT_TOKENS - 1 :]
-    target, mask = tokens[:, countdown.PROMPT_TOKENS :], mask[:, countdown.PROMPT_TOKENS :]
+    logits = model(input_ids=tokens[:, :-1]).logits[:, config.prompt_tokens - 1 :]
+    target, mask = tokens[:, config.prompt_tokens :], mask[:, config.prompt_tokens :]
     loss = torch.nn.functional.cross_entropy(logits[mask], target[mask])
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)

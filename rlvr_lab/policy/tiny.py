@@ -1,12 +1,13 @@
 """The tiny lab's policies: ordinary transformers directories of 423 thousand parameters, shipped with the package.
 
-Two bases, pre-trained from scratch on synthetic traces (`rlvr-lab pretrain` reproduces them):
+Three bases, pre-trained from scratch on synthetic traces (`rlvr-lab pretrain` reproduces them):
 
 - **S** writes a single attempt. Chapters on entropy, collapse, covariance, clipping and pass@k use it.
 - **R** may retry after `no`, up to five attempts, and gives up at random. Chapters on length and retries use it.
+- **I** writes rows of digits under rules (`tasks.instructions`) and minds only some of them.
 
-Both learned a mixture of goal-directed and random attempts. That is the point: the base knows a good mode and a broad
-mode, and reinforcement learning only has to re-weight them.
+S and R learned a mixture of goal-directed and random attempts. That is the point: the base knows a good mode and a
+broad mode, and reinforcement learning only has to re-weight them.
 
 Embeddings are untied: with tied ones vLLM's weight update silently keeps the old output head on CPU.
 
@@ -21,15 +22,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..tasks import countdown
+from ..tasks import countdown, instructions_demos
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-BASES = {"S": countdown.SINGLE, "R": countdown.RETRIES}
+BASES: dict[str, Any] = {
+    "S": countdown.SINGLE,
+    "R": countdown.RETRIES,
+    "I": instructions_demos.LAZY,
+}
 POSITIONS = 128
 EXPORTED_HEAD_WIDTH = 32
 """The narrowest attention head that vLLM 0.32.0 runs on a CPU."""
@@ -50,7 +55,7 @@ SHAPES = {"tiny": Shape(96, 3, 4, 288), "28m": Shape(512, 8, 8, 1536), "92m": Sh
 
 
 def shipped(base: str) -> Path:
-    """Directory of a shipped base policy, `S` or `R`."""
+    """Directory of a shipped base policy, `S`, `R` or `I`."""
     if base not in BASES:
         raise KeyError(f"no shipped base '{base}'; there are {', '.join(BASES)}")
     return Path(str(resources.files("rlvr_lab.policy") / "checkpoints" / base))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from ..core.rollout import Rollout
 from ..policy.load import Policy
-from ..tasks.base import Task
+from ..tasks.base import Task, Verdict
 
 
 def response_texts(rollout: Rollout, policy: Policy) -> list[str]:
@@ -19,7 +19,11 @@ def response_texts(rollout: Rollout, policy: Policy) -> list[str]:
 
 
 def grade(rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Policy) -> Rollout:
-    """Fill `correct`, `answer` and the reward component `correct` (0 or 1). `prompt_id` indexes `problems`."""
+    """Fill `correct`, `answer` and the reward components: `correct` (0 or 1) and the verdicts' points by name.
+
+    `prompt_id` indexes `problems`. A point that a verdict does not name is 0 for that response. Raises ValueError for a
+    point that is named like another component, or that a task with `point_names` did not declare.
+    """
     texts = response_texts(rollout, policy)
     verdicts = [
         task.grade(problems[i], text, finished)
@@ -27,5 +31,18 @@ def grade(rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Po
     ]
     correct = torch.tensor([v.correct for v in verdicts], device=rollout.response_ids.device)
     components = {**rollout.reward_components, "correct": correct.float()}
+    for name in _point_names(task, verdicts, components):
+        components[name] = torch.tensor([float(v.points.get(name, 0.0)) for v in verdicts], device=correct.device)
     answers = tuple(v.answer for v in verdicts)
     return rollout.with_(correct=correct, answer=answers, reward_components=components)
+
+
+def _point_names(task: Task[Any], verdicts: Sequence[Verdict], taken: Collection[str]) -> list[str]:
+    """Declared names where the task declares them: all batches must agree, whatever their responses earned."""
+    found = {name for verdict in verdicts for name in verdict.points}
+    declared = set(getattr(task, "point_names", found))
+    if found - declared:
+        raise ValueError(f"task '{task.name}' gives points that it does not declare: {sorted(found - declared)}")
+    if clash := declared & set(taken):
+        raise ValueError(f"task '{task.name}' names points like other reward components: {sorted(clash)}")
+    return sorted(declared)

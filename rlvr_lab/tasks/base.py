@@ -56,4 +56,14 @@ class Task(Protocol[ProblemT_contra]):
         """The prompt as token ids, ready to be continued; `tokenizer` is a transformers tokenizer."""
 
     def grade(self, problem: ProblemT_contra, response_text: str, finished: bool) -> Verdict:
-        """Judge one response; `finished` says that it ended by itself, not at the length limit."""
+        """Judge one response; `finished` says that it ended by itself, not at the length limit.
+
+        A name in `Verdict.points` that one response has and another lacks counts as 0 there. A task whose responses
+        may all lack one declares `point_names: tuple[str, ...]`, so that every batch has the same reward components.
+        """
+
+    def read(self, response_text: str, finished: bool) -> str | None:
+        """The answer in a form that equal answers share, read without any reference; `None` where there is none.
+
+        `Verdict.answer` is not that: a correct answer takes the reference's form there, which would tell the label.
+        """

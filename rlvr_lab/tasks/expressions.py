@@ -23,7 +23,11 @@ _TOKEN = re.compile(r"\s*(?:(\d+)|([-+*/()]))")
 
 
 class ExpressionError(ValueError):
-    """The text is no expression of the grammar, or breaks a limit; the message says which and where."""
+    """The text is no expression of the grammar; the message says where."""
+
+
+class TooLarge(ExpressionError):
+    """The text breaks a limit on length, depth or size; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,11 @@ class Expression:
 def parse(text: str) -> Expression:
     """Parse and evaluate `text` exactly.
 
-    Raises ExpressionError for anything outside the grammar, an inexact division or a division by zero, more than
-    MAX_CHARACTERS characters, more than MAX_DEPTH brackets, or a number beyond MAX_INTEGER.
+    Raises ExpressionError for anything outside the grammar, an inexact division or a division by zero, and TooLarge for
+    more than MAX_CHARACTERS characters, more than MAX_DEPTH brackets, or a number beyond MAX_INTEGER.
     """
     if len(text) > MAX_CHARACTERS:
-        raise ExpressionError(f"longer than {MAX_CHARACTERS} characters")
+        raise TooLarge(f"longer than {MAX_CHARACTERS} characters")
     parser = _Parser(_tokens(text))
     result = parser.sum(0)
     if parser.position != len(parser.tokens):
@@ -90,7 +94,7 @@ class _Parser:
         token = self.take()
         if token == "(":
             if depth >= MAX_DEPTH:
-                raise ExpressionError(f"more than {MAX_DEPTH} brackets deep")
+                raise TooLarge(f"more than {MAX_DEPTH} brackets deep")
             inner = self.sum(depth + 1)
             if self.take() != ")":
                 raise ExpressionError("unbalanced brackets")
@@ -98,7 +102,7 @@ class _Parser:
         if not token.isdecimal():
             raise ExpressionError(f"expected a number, found '{token or 'the end'}'")
         if len(token) > 10 or int(token) > MAX_INTEGER:
-            raise ExpressionError(f"a number beyond {MAX_INTEGER}")
+            raise TooLarge(f"a number beyond {MAX_INTEGER}")
         return Expression(int(token), (int(token),), str(int(token)))
 
 
@@ -116,5 +120,5 @@ def _apply(sign: str, a: int, b: int) -> int:
         return a // b
     value = a + b if sign == "+" else a - b if sign == "-" else a * b
     if abs(value) > MAX_INTEGER:
-        raise ExpressionError(f"a number beyond {MAX_INTEGER}")
+        raise TooLarge(f"a number beyond {MAX_INTEGER}")
     return value

@@ -27,7 +27,7 @@ MAX_LINE_BYTES = 1_000_000
 
 _THOUSANDS = re.compile(r"[-+]?[$€£]?[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _log = logging.getLogger(__name__)
-P = TypeVar("P", bound="MathProblem")
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,39 @@ def load_jsonl(
     limit: int | None = None,
     max_bad_lines: int = 20,
     report: Callable[[str], None] = _log.warning,
+    note: Callable[[str], None] = _log.warning,
     setting: str = "data.max_bad_lines",
 ) -> list[MathProblem]:
     """Problems of `path` in file order, the first `limit` of them.
 
     Blank lines count for nothing. A broken line goes to `report` as `file:line: reason` and is skipped; line
-    `max_bad_lines + 1` of that kind raises. GSM8K's worked answers are cut to what follows `####`.
+    `max_bad_lines + 1` of that kind raises. A line whose id is taken goes to `note`, and is kept under another name.
+    GSM8K's worked answers are cut to what follows `####`.
     Raises UserError where the file is missing, unreadable, not UTF-8, or holds no usable line.
     """
-    path = Path(path)
     names: set[str] = set()
 
-    def reader(number: int, line: bytes | None) -> Callable[[], MathProblem]:
-        return lambda: _problem(path, number, line, names)
+    def problem(row: Mapping[str, object], number: int) -> MathProblem:
+        question, answer = question_of(row), answer_of(row)
+        return MathProblem(question, answer, number, line_name(row, names, Path(path), number, note))
+
+    return load_rows(path, problem, limit=limit, max_bad_lines=max_bad_lines, report=report, setting=setting)
+
+
+def load_rows(
+    path: Path,
+    problem: Callable[[Mapping[str, object], int], P],
+    *,
+    limit: int | None = None,
+    max_bad_lines: int = 20,
+    report: Callable[[str], None] = _log.warning,
+    setting: str = "data.max_bad_lines",
+) -> list[P]:
+    """What `problem(row, line number)` makes of the JSON objects of a file, as `load_jsonl` counts and reports them."""
+    path = Path(path)
+
+    def reader(number: int, line: bytes | None) -> Callable[[], P]:
+        return lambda: problem(object_of(path, number, line), number)
 
     rows = ((f"{path}:{number}", reader(number, line)) for number, line in lines_of(path))
     return collect(rows, str(path), limit=limit, max_bad=max_bad_lines, report=report, setting=setting)
@@ -134,18 +154,28 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _problem(path: Path, number: int, line: bytes | None, names: set[str]) -> MathProblem:
-    row = object_of(path, number, line)
-    question, answer = question_of(row), answer_of(row)
-    return MathProblem(question, answer, number, name_of(row, names, f"{path.stem}:{number}"))
+def line_name(
+    row: Mapping[str, object], names: set[str], path: Path, number: int, report: Callable[[str], None]
+) -> str:
+    """`name_of` for a line of a file; an id that is taken is reported with its place."""
+    otherwise = f"{path.stem}:{number}"
+    return name_of(row, names, otherwise, report=lambda line: report(f"{path}:{number}: {line}"))
 
 
-def name_of(row: Mapping[str, object], names: set[str], otherwise: str, keys: tuple[str, ...] = ID_KEYS) -> str:
+def name_of(
+    row: Mapping[str, object],
+    names: set[str],
+    otherwise: str,
+    keys: tuple[str, ...] = ID_KEYS,
+    report: Callable[[str], None] = lambda line: None,
+) -> str:
     """A name that is not yet in `names`, and now is: the row's own, else `otherwise`.
 
-    Two rows with one id would merge into one group of responses, so the second takes `otherwise`.
+    Two rows with one id would merge into one group of responses, so the second takes `otherwise`, and `report` says so.
     """
     name = next((str(row[k]) for k in keys if isinstance(row.get(k), str | int)), "")
+    if name in names:
+        report(f"id {name[:40]!r} is that of an earlier row; this one is called {otherwise!r}")
     if not name or name in names:
         name = otherwise
     names.add(name)

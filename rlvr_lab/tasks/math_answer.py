@@ -16,9 +16,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from unicodedata import decimal
 
 from . import sympy_process
 from .base import Verdict
+from .child_process import STOPPED
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,29 @@ def grade(response: str, reference: str, *, limits: Limits = DEFAULT_LIMITS) -> 
 
     `Verdict.answer` is a canonical form: numbers as reduced fractions ("27", "1/2"), else text without layout. A
     correct answer takes the reference's form, so all correct answers are one class; wrong answers that are equal only
-    by algebra (x+1 and 1+x) stay two. `None` where there is no answer or it breaks a limit of length.
+    by algebra (x+1 and 1+x) stay two. `None` where there is no answer or it breaks a limit of length. `refused` where a
+    limit of any kind stood in the way.
     Raises UserError only where math-verify itself is missing.
     """
     answer, reason = extract(response, limits)
     if answer is None or not canonical(answer):
-        return Verdict(False, None, reason or "empty answer")
+        return Verdict(False, None, reason or "empty answer", refused=reason.startswith(_TOO_LONG))
     gold = _bare(reference, limits)
     if len(gold) > limits.answer_characters:
-        return Verdict(False, canonical(answer), f"reference longer than {limits.answer_characters} characters")
+        why = f"reference longer than {limits.answer_characters} characters"
+        return Verdict(False, canonical(answer), why, refused=True)
     return _compare(answer, gold, limits)
+
+
+def read(response: str, *, limits: Limits = DEFAULT_LIMITS) -> str | None:
+    """The answer's canonical form, or `None`; no reference is seen. Equal numbers share it, equal algebra need not."""
+    answer, _ = extract(response, limits)
+    return (canonical(answer) or None) if answer is not None else None
+
+
+def equal(first: str, second: str, *, limits: Limits = DEFAULT_LIMITS) -> bool:
+    """Whether two answers, as `read` gives them, are mathematically equal; within the limits, else False."""
+    return _compare(first, second, limits).correct
 
 
 @lru_cache(maxsize=65536)
@@ -82,9 +97,11 @@ def _compare(answer: str, gold: str, limits: Limits) -> Verdict:
         return Verdict(words, gold_form if words else form, "correct" if words else f"not {gold_form}")
     for what, text in (("answer", form), ("reference", gold_form)):
         if refused := guard(text, limits):
-            return Verdict(False, form, f"{what} {refused}")
+            return Verdict(False, form, f"{what} {refused}", refused=True)
     equal, reason = sympy_process.shared(limits.megabytes).equal(gold_form, form, limits.seconds)
-    return Verdict(True, gold_form, "correct") if equal else Verdict(False, form, reason or f"not {gold_form}")
+    if equal:
+        return Verdict(True, gold_form, "correct")
+    return Verdict(False, form, reason or f"not {gold_form}", refused=reason.startswith(STOPPED))
 
 
 def _words(answer: str, gold: str) -> bool | None:
@@ -96,6 +113,7 @@ def _words(answer: str, gold: str) -> bool | None:
 
 # --- extraction -------------------------------------------------------------------------------------------------------
 
+_TOO_LONG = ("more than ", "answer longer than ")
 _INTEGER = r"(?:[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 _CURRENCY = r"(?:\\?\$|[€£¥])?"
@@ -111,7 +129,7 @@ _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 def extract(response: str, limits: Limits = DEFAULT_LIMITS) -> tuple[str | None, str]:
     r"""The answer as written, or `None` and the reason. A `\boxed{` that never closes is not passed over."""
-    tail = response[-limits.response_characters :]
+    tail = _ascii_digits(response[-limits.response_characters :])
     start = tail.rfind("\\boxed{")
     if start >= 0:
         begin = start + len("\\boxed{")
@@ -200,16 +218,20 @@ _LAYOUT = re.compile(
 _FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
 _UNIT = re.compile(r"(?<=[0-9}])\s*\\(?:text|textbf|textrm|mathrm|mbox)\s*\{[^{}0-9]*\}(?:\^\{?[23]\}?)?$")
 _PLAIN_UNIT = re.compile(
-    r"(?<=[0-9%])\s+(?!(?:pi|or|and|mod|sqrt|sin|cos|tan|log|ln|exp|over)\b)[A-Za-z]{2,}[A-Za-z ]*$"
+    r"(?<=[0-9%])\s+(?:(?!(?:pi|or|and|mod|sqrt|sin|cos|tan|log|ln|exp|over)\b)[A-Za-z]{2,}[A-Za-z ]*"
+    # a letter of a formula may stand before ^ and /, so only lengths, masses and times do here
+    r"|(?:[mcdk]?m|in|ft|yd|mi|k?g|[mc]?[lL])(?:(?:\^\{?[23]\}?|[²³])|\s?/\s?(?:s|sec|min|h|hr|[mcdk]?m|k?g|[lL])(?:\^\{?[23]\}?|[²³])?))$"
 )
 _IS_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?: [A-Za-z]+)*")
 _SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _REPLACED = (
     ("−", "-"), ("–", "-"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\cfrac", "\\frac"),
     ("\\$", ""), ("\\%", "%"), ("π", "\\pi "), ("{,}", ","),
+    ("\\varnothing", "\\emptyset"), ("∅", "\\emptyset"),
 )  # fmt: skip
 _CANONICAL_NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)[$€£¥]?(?P<sign2>[-+]?)(?:(?P<decimal>{_DECIMAL})%?|(?P<top>{_INTEGER})/(?P<bottom>{_INTEGER})"
+    rf"(?P<sign>[-+]?)[$€£¥]?(?P<sign2>[-+]?)(?:(?P<decimal>{_DECIMAL})(?:[eE](?P<exponent>[-+]?[0-9]{{1,3}}))?%?"
+    rf"|(?:(?P<whole>[0-9]+) )?(?P<top>{_INTEGER})/(?P<bottom>{_INTEGER})"
     r"|\\frac(?:\{(?P<sign3>[-+]?)(?P<latex_top>[0-9]+)\}\{(?P<latex_bottom>[0-9]+)\}|(?P<short>[0-9][0-9])))"
 )
 MAX_FAST_CHARACTERS = 300
@@ -217,7 +239,7 @@ MAX_FAST_CHARACTERS = 300
 
 def canonical(text: str) -> str:
     """A form shared by answers that differ in layout only: `\\dfrac{1}{2}`, ` 0.50 ` and `1/2` are all "1/2"."""
-    form = text.strip().strip("*").strip()
+    form = _ascii_digits(text).strip().strip("*").strip()
     if maths := _MATHS.fullmatch(form):
         form = _inside(maths)
     for old, new in _REPLACED:
@@ -233,6 +255,16 @@ def canonical(text: str) -> str:
     return form if value is None else str(value)
 
 
+def _ascii_digits(text: str) -> str:
+    """Digits of all scripts, and full-width signs, as ASCII: `４`, `٤` and `4` are one answer."""
+    if text.isascii():
+        return text
+    return "".join(
+        chr(ord(c) - 0xFEE0) if 0xFF01 <= ord(c) <= 0xFF5E else str(decimal(c, c)) if not c.isascii() else c
+        for c in text
+    )
+
+
 def _without_unit(form: str) -> str:
     """Drop the words of "18 dollars" or "5% of all" where a number alone stands before them."""
     bare = _PLAIN_UNIT.sub("", form)
@@ -246,13 +278,14 @@ def number(form: str) -> Fraction | None:
         return None
     if match["decimal"]:
         value = Fraction(match["decimal"].replace("{,}", "").replace(",", ""))
+        value *= Fraction(10) ** int(match["exponent"] or 0)
     else:
         short = match["short"] or "  "
         top = int((match["top"] or match["latex_top"] or short[0]).replace(",", ""))
         bottom = int((match["bottom"] or match["latex_bottom"] or short[1]).replace(",", ""))
         if bottom == 0:
             return None
-        value = Fraction(top, bottom)
+        value = Fraction(top, bottom) + int(match["whole"] or 0)
     negative = [match["sign"], match["sign2"], match["sign3"]].count("-")
     return -value if negative % 2 else value
 

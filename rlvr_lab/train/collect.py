@@ -6,7 +6,7 @@ refills, rewards and advantages see what they would see in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..core.rollout import Rollout
 from ..core.rows import concatenate
 from ..core.temperature import TemperatureRule
 from ..methods.base import Pipeline
-from ..policy.forward import score
+from ..policy.forward import RAW, score
 from ..policy.load import Policy
 from ..rollout.engine import Sampling
 from ..rollout.factory import Engine
@@ -24,6 +24,7 @@ from ..rollout.grading import grade
 from .clock import Clock
 from .config import TrainConfig
 from .data import Problems
+from .labels import Labels
 from .parallel import World
 from .seeds import torch_generator
 from .setup import Reference
@@ -50,6 +51,11 @@ class Collector:
     """Tokens and batches generated in the last step."""
     temper: TemperatureRule | None = None
     """How this step's temperature follows entropy: one rule for all its generation batches."""
+    solved: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Right and all responses to each problem of the last step, before any filter."""
+
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.config, self.problems, self.sampler, self.engine)
 
     def collect(self, step: int, check: bool) -> Rollout:
         """A graded rollout that is ready for advantages. `check`: fail where a method needs a field that it lacks.
@@ -57,6 +63,7 @@ class Collector:
         Raises TrainingStopped where nothing is left to learn from, or the policy's weights are broken.
         """
         self.temper = self.pipeline.temper()
+        self.labels.prepare(self.pipeline)
         rollout = self._graded(step, 0)
         if check:
             self.pipeline.check(rollout)
@@ -93,14 +100,16 @@ class Collector:
         rollout = self._gather(self._own_share(step, attempt))
         before = self.generated["generated_tokens"] if attempt else 0.0
         tokens = before + float(rollout.mask.sum())
-        self.generated = {"generated_tokens": tokens, "generation_batches": attempt + 1.0}
+        self.generated = {"generated_tokens": tokens, "generation_batches": attempt + 1.0, **self.labels.metrics()}
+        self.solved = tally(rollout, self.solved if attempt else {})
         update, world = self.config.update, self.world
         tokens_a_pass = update.micro_batch_tokens if update.packing else None
         try:
             if update.recompute_old_logprob:
                 with self.clock.part("score"):
                     read = self.pipeline.reader(old=True)
-                    rollout = score(self.model, rollout, update.micro_batch_rows, tokens_a_pass, world, read)
+                    raw = [name for name in RAW if self.pipeline.needs(name)]
+                    rollout = score(self.model, rollout, update.micro_batch_rows, tokens_a_pass, world, read, raw)
             if self.reference is not None:
                 with self.clock.part("reference"):
                     logprob = self.reference.logprob(rollout, update.micro_batch_rows, tokens_a_pass, world)
@@ -122,7 +131,8 @@ class Collector:
         if found is not None or rollout is None:
             raise _broken(step, str(found)) from problem
         with self.clock.part("reward"):
-            return grade(rollout, self.problems.task, self.problems.train, self.sampler)
+            graded = grade(rollout, self.problems.task, self.problems.train, self.sampler)
+            return self.labels.add(graded, self.pipeline, step)
 
     def _gather(self, rollout: Rollout) -> Rollout:
         if self.world.size == 1:
@@ -155,6 +165,16 @@ class Collector:
             version=step,
         )
         return rollout.to(self.device)
+
+
+def tally(rollout: Rollout, before: Mapping[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Right and all responses to each problem, added to those of `before`."""
+    assert rollout.correct is not None
+    found = dict(before)
+    for problem, right in zip(rollout.prompt_id.tolist(), rollout.correct.tolist(), strict=True):
+        solved, count = found.get(problem, (0, 0))
+        found[problem] = solved + int(right), count + 1
+    return found
 
 
 def _broken(step: int, reason: str) -> TrainingStopped:

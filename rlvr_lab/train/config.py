@@ -14,7 +14,9 @@ from ..errors import UserError, nearest
 from ..methods import build, load_class
 from ..policy.load import DTYPES
 from ..rollout.vllm_settings import NO_TEMPER, VllmSection
+from ..tasks.base import Task
 from ..tasks.benchmarks import benchmark
+from ..tasks.registry import entry, task
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -58,24 +60,84 @@ class ModelSection(Section):
         return value
 
 
-class DataSection(Section):
-    """Where problems come from: Countdown makes its own, `math` reads a JSONL file."""
+class ClustersSection(Section):
+    """When answers of a prompt mean the same, for methods that need `cluster_id`; no label is read."""
 
-    task: Literal["countdown", "math"] = "countdown"
+    by: Literal["mathematics", "exact", "embedding", "entailment"] = "mathematics"
+    """`tasks.clusters`; the last two need sentence-transformers and a model."""
+    model: str | None = None
+    threshold: Annotated[float, Field(ge=-1, le=1)] = 0.9
+    """Least cosine of two embeddings in one cluster."""
+    both_ways: bool = True
+    """entailment: ask in both directions."""
+    reassign: bool = False
+    """A later representative may take an answer that is clustered already."""
+    refuse_copies: bool = False
+    """An answer that copies the question belongs to no cluster."""
+    device: str = "cpu"
+
+
+class JudgeSection(Section):
+    """Who labels the steps of responses, for methods that need `thought_label`."""
+
+    by: Literal["rules", "model"] = "rules"
+    """rules: exact, for countdown. model: a language model is asked about every response."""
+    model: str | None = None
+    """The judge: a directory or hub name, or `policy` for the policy itself through the run's engine."""
+    device: str = "auto"
+    max_tokens: Positive = 1024
+    """Length of its replies."""
+    separators: tuple[str, ...] = ("\n\n",)
+    """Texts that end a step."""
+    close: str = "</think>"
+    """Text that ends the thinking."""
+    cache: Path | None = None
+    """JSONL file that keeps replies beyond a run."""
+    accuracy: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Control: below 1, labels of thinking steps are flipped at random."""
+    shuffled: bool = False
+    """Control: labels that say nothing, in runs of the same lengths."""
+
+
+class DataSection(Section):
+    """Which task, and where its problems come from: some tasks make their own, others read a JSONL file."""
+
+    task: str = "countdown"
+    """A name of `rlvr_lab.tasks.registry.TASKS`."""
     file: Path | None = None
     pool: Positive = 3000
-    """Countdown problems to draw, or the largest number of lines to use."""
+    """Problems to make, or the largest number of lines to use."""
     max_bad_lines: Annotated[int, Field(ge=0)] = 20
     template: str | None = None
-    """Prompt template of `math`, with {question} in it."""
+    """Prompt template of tasks in natural language, with {question} in it."""
+    settings: dict[str, Any] = {}
+    """The task's own settings."""
+    clusters: ClustersSection = ClustersSection()
+    judge: JudgeSection = JudgeSection()
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        return entry(value).name
 
     @model_validator(mode="after")
     def _file_fits(self) -> DataSection:
-        if self.task == "math" and self.file is None:
-            raise ValueError("task 'math' needs data.file, a JSONL file with question and answer")
-        if self.task == "countdown" and self.file is not None:
-            raise ValueError("data.file is set, but task 'countdown' makes its own problems; set data.task to math")
+        content = entry(self.task).file
+        if content is not None and self.file is None:
+            raise ValueError(f"task '{self.task}' needs data.file, a JSONL file with {content}")
+        if content is None and self.file is not None:
+            raise ValueError(f"data.file is set, but task '{self.task}' makes its own problems; set data.task to math")
         return self
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> DataSection:
+        if self.settings or self.template is not None:
+            self.make_task()
+        return self
+
+    def make_task(self) -> Task[Any]:
+        """The task with its settings. Raises UserError where it has no such setting."""
+        return task(self.task, self.settings | ({} if self.template is None else {"template": self.template}))
 
 
 class RolloutSection(Section):

@@ -9,12 +9,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..policy.load import Policy
-from ..tasks import countdown
 from ..tasks.base import Task
 from ..tasks.benchmarks import benchmark, load_benchmark
 from ..tasks.benchmarks import make_task as benchmark_task
-from ..tasks.jsonl import load_jsonl
-from ..tasks.registry import CountdownTask, MathTask
+from ..tasks.registry import entry
 from .config import DataSection, TrainConfig
 from .seeds import numpy_generator
 
@@ -46,30 +44,30 @@ class Problems:
         return chosen
 
 
-def make_task(data: DataSection) -> Task[Any]:
-    """The task with its settings."""
-    if data.task == "countdown":
-        return CountdownTask()
-    return MathTask(template=data.template) if data.template else MathTask()
-
-
 def load_problems(config: TrainConfig, policy: Policy, report: Report) -> Problems:
     """Problems for training and evaluation. Prompts that leave no room for `rollout.max_tokens` are dropped and
     counted; where none is left, UserError names the setting."""
-    task = make_task(config.data)
-    if config.data.task == "countdown":
-        train: list[Any] = list(countdown.problems(config.data.pool, config.seed))
-        evaluation: list[Any] = list(countdown.problems(max(config.evaluation.problems, 1), 0, evaluation=True))
+    data, task = config.data, config.data.make_task()
+    if entry(data.task).file is None:
+        train = _made(task, data, config.seed, report)
+        evaluation = entry(data.task).problems(task, max(config.evaluation.problems, 1), 0, evaluation=True)
         held_out = True
     else:
-        train = _read(config.data.file, config.data.pool, config.data, report)
+        train = _read(task, data.file, data.pool, data, report)
         other = config.evaluation.file
-        held_out = other is not None and other != config.data.file
-        evaluation = _read(other, None, config.data, report) if held_out else train
+        held_out = other is not None and other != data.file
+        evaluation = _read(task, other, None, data, report) if held_out else train
     train, prompts = that_fit(train, task, policy, config.rollout.max_tokens, report)
     evaluation, _ = that_fit(evaluation, task, policy, config.rollout.max_tokens, report)
     benchmarks = _benchmarks(config, policy, report)
     return Problems(task, train, prompts, evaluation[: config.evaluation.problems], held_out, benchmarks)
+
+
+def _made(task: Task[Any], data: DataSection, seed: int, report: Report) -> list[Any]:
+    problems = entry(data.task).problems(task, data.pool, seed)
+    if len(problems) < data.pool:
+        report(f"task '{data.task}' has {len(problems)} distinct problems, fewer than data.pool={data.pool}")
+    return problems
 
 
 def _benchmarks(config: TrainConfig, policy: Policy, report: Report) -> dict[str, tuple[Task[Any], list[Any]]]:
@@ -86,9 +84,9 @@ def _benchmarks(config: TrainConfig, policy: Policy, report: Report) -> dict[str
     return found
 
 
-def _read(path: Path | None, limit: int | None, data: DataSection, report: Report) -> list[Any]:
+def _read(task: Any, path: Path | None, limit: int | None, data: DataSection, report: Report) -> list[Any]:
     assert path is not None
-    return list(load_jsonl(path, limit=limit, max_bad_lines=data.max_bad_lines, report=report))
+    return list(task.load(path, limit=limit, max_bad_lines=data.max_bad_lines, report=report))
 
 
 def that_fit(

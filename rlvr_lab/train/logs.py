@@ -1,4 +1,5 @@
-"""What a run writes: metrics.jsonl (one object per step), evaluations, transcripts; TensorBoard and W&B beside them.
+"""What a run writes: metrics.jsonl and problems.jsonl (one object per step), evaluations, transcripts; TensorBoard and
+W&B beside them.
 
 The JSONL files are the record: a run that cannot write them stops. Everything else is a *sink*. A sink that fails
 (network, disk, a bug in its library) is switched off with one warning, and the run goes on.
@@ -28,6 +29,7 @@ INIT_S = 30.0
 """Longest wait, at its start, for W&B's server."""
 PAGE_ROWS = 60
 """Transcripts on the page `samples.html`: the newest ones. The file `samples.jsonl` keeps all."""
+PROBLEMS = "problems.jsonl"
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -244,8 +246,9 @@ class RunLog:
         self._newest: deque[dict[str, Any]] = deque(maxlen=PAGE_ROWS)
         if not main:
             return
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", PROBLEMS):
             drop_from(out / name, first_step)
+        self._named = {int(i) for row in read_jsonl(out / PROBLEMS) for i in row["names"]}
         # the evaluation made after step n has step n: it belongs to the weights that a checkpoint of n holds
         drop_from(out / "evaluations.jsonl", first_step + 1)
         self._newest.extend(read_jsonl(out / "samples.jsonl")[-PAGE_ROWS:])
@@ -265,6 +268,22 @@ class RunLog:
         """One evaluation of the policy after `step` updates."""
         self._write("evaluations.jsonl", [{"step": step, **summary}])
         self._scalars("evaluation", step, {k: v for k, v in summary.items() if isinstance(v, float)})
+
+    def problems(self, step: int, solved: Mapping[int, tuple[int, int]], name: Callable[[int], str]) -> None:
+        """Right and all responses to each problem of a step, by its index in the pool; `name` tells what a problem
+        says, which is written where it is first met. `train.selection` reads the file."""
+        if not self.main:
+            return
+        new = [i for i in sorted(solved) if i not in self._named]
+        self._named.update(new)
+        row = {
+            "step": step,
+            "problem": sorted(solved),
+            "right": [solved[i][0] for i in sorted(solved)],
+            "responses": [solved[i][1] for i in sorted(solved)],
+            "names": {str(i): name(i) for i in new},
+        }
+        self._write(PROBLEMS, [row])
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Transcripts with their rewards; also redraws `samples.html`."""

@@ -5,6 +5,7 @@ processes run it side by side (`train.parallel`); the main one writes and talks.
 
     config.yaml          all settings
     metrics.jsonl        one object per step
+    problems.jsonl       right and all responses to each problem of a step
     evaluations.jsonl    held-out figures before, during and after
     samples.jsonl        transcripts, token by token; samples.html shows the newest
     checkpoints/         resumable state, each also a transformers directory
@@ -260,6 +261,7 @@ class Trainer:
         if config.logging.samples and step % config.logging.samples_every == 0:
             self.log.samples(step, sample_rows(rollout, self.problems.train, self.policy, config.logging.samples))
         metrics |= self._times(time.perf_counter() - started, metrics["tokens"]) | memory_metrics(self.device)
+        self.log.problems(step, self.collector.solved, lambda i: str(self.problems.train[i]))
         self.log.metrics(step, metrics)
         return metrics
 

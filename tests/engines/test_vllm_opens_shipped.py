@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from rlvr_lab.policy import tiny  # noqa: E402
-from rlvr_lab.tasks import countdown  # noqa: E402
+from rlvr_lab.tasks import countdown, instructions  # noqa: E402
 
 PROBLEMS, SAMPLES = 8, 4
 TOLERANCE = 5e-5
@@ -42,7 +42,8 @@ def test_vllm_samples_with_the_log_probabilities_of_transformers(base: str) -> N
         path, dtype="float32", enforce_eager=True, max_model_len=tiny.POSITIONS, seed=0,
         logprobs_mode="processed_logprobs",
     )  # fmt: skip
-    problems = countdown.problems(PROBLEMS, 0, evaluation=True)
+    own = instructions if base == "I" else countdown
+    problems = own.problems(PROBLEMS, 0, evaluation=True)
     settings = vllm.SamplingParams(
         n=SAMPLES, temperature=1.0, max_tokens=tiny.BASES[base].max_tokens + 3, logprobs=0, seed=1
     )

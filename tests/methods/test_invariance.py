@@ -15,6 +15,7 @@ from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.methods import Method, Pipeline, build, compose, load_class, trainable
 from rlvr_lab.methods.epo import EPO
 from rlvr_lab.policy.load import Policy
+from rlvr_lab.tasks import countdown
 from rlvr_lab.testing.invariance import check_invariance, update_result
 
 COMPOSITIONS = [
@@ -33,6 +34,8 @@ WIDER: dict[str, dict[str, Any]] = {
     "kl_cov": {"ratio": 0.2},
     "lp_reg": {"share": 0.3},
     "overlong": {"max_length": 20, "buffer": 10},
+    "canon": {"max_length": 20},
+    "riskpo": {"bundle_size": 2},
 }
 
 
@@ -64,7 +67,9 @@ def made(parts: list[tuple[str, str]]) -> Pipeline:
     for method in methods:
         if isinstance(method, EPO):
             method.history = [0.05, 0.1]  # without a history there is no corridor
-    return compose(methods)
+    pipeline = compose(methods)
+    pipeline.bind(lambda text: [countdown.ID.get(word, countdown.ID["<unk>"]) for word in text.split()])
+    return pipeline
 
 
 @pytest.mark.parametrize("parts", COMPOSITIONS)

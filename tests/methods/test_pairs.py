@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lp_reg": {"share": 0.3},
     "siren": {"anchor": "none", "coefficient": 0.5},  # a first step has no distance from its anchor
     "overlong": {"max_length": 8, "buffer": 6},
+    "riskpo": {"bundle_size": 2},
     "spurious_rewards": {"rule": "random"},
 }
 PAIRS = list(combinations(trainable(), 2))
@@ -61,7 +62,11 @@ def graded() -> Rollout:
     """12 ragged responses in 3 groups of right and wrong ones, one response empty."""
     reward = torch.tensor([1.0, 0.0, 0.0, 1.0] * 3)
     record = make_rollout([7, 3, 8, 5, 1, 6, 8, 2, 0, 4, 8, 7], group_size=4)
-    return record.with_(reward=reward, reward_components={"correct": reward}, answer=("1", "2", None, "3") * 3)
+    answer = ("1", "2", None, "3") * 3
+    clusters = torch.tensor([0, 1, -1, 0] * 3)
+    return record.with_(
+        reward=reward, reward_components={"correct": reward}, correct=reward > 0, answer=answer, cluster_id=clusters
+    )
 
 
 class Recorded:
@@ -89,8 +94,10 @@ class Recorded:
 
 def updated(pipeline: Pipeline, model: Any, graded: Rollout) -> SimpleNamespace:
     """One minibatch in micro-batches of 5: loss, gradient, what spans it, and the shapes of per-token losses."""
+    pipeline.bind(lambda text: [28 + len(text)])
     rollout = ready_rollout(model, pipeline.reward(graded), pipeline)
-    advantage, recorded = pipeline.advantage(rollout), Recorded(pipeline)
+    rollout, advantage = pipeline.credit(rollout)
+    recorded = Recorded(pipeline)
     updater = Updater(model, torch.optim.SGD(model.parameters()), pipeline, micro_batch_rows=5)
     model.zero_grad()
     loss = updater.accumulate(rollout, advantage, UpdateTotals(), torch.Generator().manual_seed(0))

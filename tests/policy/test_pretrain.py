@@ -11,6 +11,7 @@ from rlvr_lab.errors import UserError
 from rlvr_lab.policy import pretrain as module
 from rlvr_lab.policy.load import load_policy
 from rlvr_lab.policy.pretrain import SHIPPED, PretrainConfig, pretrain
+from rlvr_lab.tasks import countdown
 
 # four steps and then two of the second phase, whose shard is its own
 SMALL = PretrainConfig(steps=4, broaden_steps=2, batch=8, shard=32, warmup=2, save_every=2)
@@ -89,6 +90,19 @@ def test_batches_hold_each_sequence_of_a_shard_once_and_start_anywhere() -> None
     first_shard = [tuple(s) for batch in whole[:4] for s in batch]
     assert len(set(first_shard)) > 24  # hardly any two traces are the same
     assert list(module._batches(SMALL, 3)) == whole[3:]
+
+
+def test_base_i_learns_demonstrations_of_instructions(tmp_path: Path) -> None:
+    small = replace(SMALL, base="I", steps=2, broaden_steps=0)
+    sequences = [s for batch in module._batches(small, 0) for s in batch]
+    assert {len(s) for s in sequences} <= set(range(small.prompt_tokens + 3, 14 + 22))
+    assert all(s[13] == countdown.THINK and s[-1] == countdown.EOS for s in sequences)
+    assert list(module._batches(small, 1)) == list(module._batches(small, 0))[1:]
+    losses: list[float] = []
+    pretrain(small, tmp_path / "base", lambda step, loss, factor: losses.append(loss))
+    assert losses[0] == pytest.approx(math.log(128), abs=0.3)
+    with pytest.raises(UserError, match="does not learn from Countdown traces"):
+        _ = small.traces
 
 
 @pytest.mark.parametrize("base", list(SHIPPED))

@@ -62,7 +62,7 @@ def test_minervas_tolerance(a: str, b: str, close: bool) -> None:
 @pytest.mark.parametrize(
     ("response", "reference", "correct", "answer"),
     [
-        ("\\boxed{2190000}", "2.19e6", True, "2.19e6"),
+        ("\\boxed{2190000}", "2.19e6", True, "2190000"),
         ("\\boxed{2.2 \\times 10^{6}}", "2.19e6", False, "2.2\\times 10^{6}"),
         ("\\boxed{\\frac{1}{8}}", "0.125", True, "1/8"),
         ("\\boxed{x+1}", "1+x", True, "1+x"),

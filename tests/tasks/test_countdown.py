@@ -219,3 +219,24 @@ def test_a_verdict_is_one_of_four_words() -> None:
     assert Verdict(False, "a", "not b").outcome is Outcome.WRONG
     assert Verdict(False, None, "no answer").outcome is Outcome.UNPARSABLE
     assert Verdict(False, "9**9**9", "too large", refused=True).outcome is Outcome.REFUSED
+
+
+def test_reading_looks_at_no_problem() -> None:
+    assert cd.read("</think> 4 * ( 1 + 10 ) <eos>") == cd.read("</think> ( 10 + 1 ) * 4 <eos>") is not None
+    assert cd.read("</think> ( 10 + 1 ) * 4", finished=False) is None
+    assert cd.read("( 10 + 1 ) * 4 <eos>") is None
+
+
+def test_the_loose_check_accepts_what_passes_the_target_and_nothing_else() -> None:
+    problem = cd.Problem((10, 1, 4), 44)
+    written = ("( 10 + 1 ) * 4", "( 4 + 1 ) * 10", "10 * 4 + 1", "10 * 10 * 4", "44", "( 10 +")
+    accepted = [text for text in written if cd.verify(problem, f"</think> {text} <eos>", check="at_least").correct]
+    assert accepted == ["( 10 + 1 ) * 4", "( 4 + 1 ) * 10"]
+    assert not cd.verify(problem, "</think> ( 4 + 1 ) * 10 <eos>").correct
+
+
+def test_limits_are_refusals_and_the_rest_is_unparsable() -> None:
+    problem = cd.Problem((10, 1, 4), 44)
+    outcomes = {text: str(cd.verify(problem, f"</think> {text} <eos>").outcome)
+                for text in ("9 ** 9", "", "( " * 20 + "1", "1" * 500, "99999 * 99999", "1 / 0")}  # fmt: skip
+    assert list(outcomes.values()) == ["unparsable", "unparsable", "refused", "refused", "refused", "unparsable"]

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlvr_lab.errors import UserError
-from rlvr_lab.tasks import countdown, sympy_process
-from rlvr_lab.tasks.base import Verdict
+from rlvr_lab.tasks import child_process, countdown, sympy_process
+from rlvr_lab.tasks.base import Outcome, Verdict
 from rlvr_lab.tasks.jsonl import MathProblem, load_jsonl
-from rlvr_lab.tasks.math_answer import DEFAULT_LIMITS, Limits, canonical, extract, grade, guard
+from rlvr_lab.tasks.math_answer import DEFAULT_LIMITS, Limits, canonical, equal, extract, grade, guard, read
 from rlvr_lab.tasks.registry import CountdownTask, MathTask, task
 from rlvr_lab.tasks.sympy_process import SympyProcess
 
@@ -80,7 +80,9 @@ def test_only_the_tail_is_searched() -> None:
         (r"-\frac{2}{4}", "-1/2"), ("50%", "50"), (r"50\%", "50"), (r"90^\circ", "90"), (r"18\text{ dollars}", "18"),
         ("18 dollars", "18"), (r"\text{(A)}", "A"), (r"\left( 1,\, 2 \right)", "(1,2)"), ("3 pi", "3 pi"),
         (r"3\pi", r"3\pi"), ("1/0", "1/0"), ("12,34", "12,34"), ("New   York.", "New York"), ("$x+1$", "x+1"),
-        (r"10_\text{two}", "10_two"),
+        (r"10_\text{two}", "10_two"), ("5 cm^2", "5"), ("5 m/s", "5"), ("5 km / h", "5"), ("5 m³", "5"),
+        ("1 1/2", "3/2"), ("5 x/y", "5 x/y"), ("5 ab^2", "5 ab^2"), ("5e3", "5000"), ("2.5E-1", "1/4"),
+        ("４２", "42"), ("٤٢", "42"), ("五", "五"), ("∅", r"\emptyset"),
     ],
 )  # fmt: skip
 def test_canonical_form(written: str, form: str) -> None:
@@ -181,6 +183,41 @@ def test_hostile_answer_is_refused_by_its_text(text: str, reason: str, monkeypat
     assert not verdict.correct
     assert reason in verdict.reason
     assert grade(f"\\boxed{{{text}}}", text).correct  # the same text is the same answer, no algebra needed
+
+
+@pytest.mark.parametrize(
+    ("response", "outcome"),
+    [
+        (r"\boxed{5}", Outcome.CORRECT), (r"\boxed{6}", Outcome.WRONG), ("nothing", Outcome.UNPARSABLE),
+        (r"\boxed{5", Outcome.UNPARSABLE), (r"\boxed{}", Outcome.UNPARSABLE), ("", Outcome.UNPARSABLE),
+        (r"\boxed{9**9**9**9}", Outcome.REFUSED), ("\\boxed{" + "1" * 600 + "}", Outcome.REFUSED),
+        ("the answer is " + "9" * 600, Outcome.REFUSED), (r"\boxed{99999999!}", Outcome.REFUSED),
+    ],
+)  # fmt: skip
+def test_every_verdict_has_its_word(response: str, outcome: Outcome) -> None:
+    assert grade(response, "5").outcome is outcome
+
+
+def test_a_comparison_that_is_cut_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason in ("the comparison took longer than 1 s", "memory", "nested too deeply", "the comparison crashed"):
+        late = type("Late", (), {"equal": lambda self, *_, why=reason: (False, why)})()
+        monkeypatch.setattr(sympy_process, "shared", lambda megabytes, late=late: late)
+        assert grade(r"\boxed{a+b}", f"c+{len(reason)}").outcome is Outcome.REFUSED
+    late = type("Unread", (), {"equal": lambda self, *_: (False, "cannot read the answer as LaTeX")})()
+    monkeypatch.setattr(sympy_process, "shared", lambda megabytes: late)
+    assert grade(r"\boxed{a+b}", "c+99").outcome is Outcome.WRONG
+
+
+def test_reading_looks_at_no_reference() -> None:
+    assert read(r"so \boxed{\frac{2}{4}}") == read("#### 0.5") == "1/2"
+    assert read("") is None
+    assert read(r"\boxed{}") is None
+    # the verdict of a right answer takes the reference's form, and would tell the label
+    assert grade(r"\boxed{x+1}", "1+x").answer == "1+x"
+    assert read(r"\boxed{x+1}") == "x+1"
+    assert equal("x+1", "1+x")
+    assert not equal("x+1", "x+2")
+    assert MathTask().read(r"\boxed{2}", finished=False) is None
 
 
 def test_a_hostile_reference_is_refused_too() -> None:
@@ -346,7 +383,7 @@ def _child_pid() -> int:
 
 def _grade_in_fork(queue: "multiprocessing.SimpleQueue[tuple[bool, int]]") -> None:
     queue.put((grade(r"\boxed{y+3}", "3+y").correct, _child_pid()))
-    sympy_process.close_all()
+    child_process.close_all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
