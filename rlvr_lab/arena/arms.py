@@ -131,7 +131,7 @@ _CATALOGUE = (
     _method("riskpo_sequence", "riskpo", "preset: tiny, surrogate: sequence", "under the paper's sequence ratio"),
     _method("empo", "empo", "preset: tiny", "no labels: how many of the group give an answer of this value"),
     _method("empo_gated", "empo", "preset: tiny, low: 0.2, high: 0.8", "semantic entropy between 0.2 and 0.8 ln G"),
-    _control("empo_shuffled", "empo", "empo", "preset: tiny, control: shuffled", "its rewards, dealt anew in the group"),
+    _control("empo_shuffled", "empo", "empo", "preset: tiny, control: shuffled", "its rewards, dealt anew in a group"),
     _control("majority_vote", "empo", "empo", "preset: tiny, rule: voting", "1 for the largest cluster, else 0"),
     _control("random_reward", "empo", "spurious_rewards", "preset: paper", "a fair coin for every response"),
     Arm("empo_by_form", ("methods.empo={preset: tiny}", "data.clusters.by=exact"), "method", "empo", "",

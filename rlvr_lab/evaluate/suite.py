@@ -259,6 +259,9 @@ class _Remembering:
         self.verdicts.append(self.task.grade(problem, response_text, finished))
         return self.verdicts[-1]
 
+    def read(self, response_text: str, finished: bool) -> str | None:
+        return self.task.read(response_text, finished)
+
 
 def _graded(
     rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Policy

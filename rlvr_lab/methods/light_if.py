@@ -291,9 +291,7 @@ def read_stages(path: Path, pool: str) -> list[list[int]]:
     except OSError as error:
         raise UserError(f"methods.light_if.split: {path}: {error.strerror}; make it with rlvr-lab cold-start") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"methods.light_if.split: {path} was not made by rlvr-lab cold-start: {error}"
-        ) from None
+        raise UserError(f"methods.light_if.split: {path} was not made by rlvr-lab cold-start: {error}") from None
     if found != pool:
         raise UserError(f"methods.light_if.split: {path} was made for other prompts; use the same data and seed")
     easier = [i for i, rate in enumerate(rates) if rate >= 0.5 and kinds[i] == "pass"]

@@ -1,4 +1,4 @@
-"""A GSM8K file and a local model directory, as `rlvr-lab train` takes them: loaded, rolled out, graded, learned from."""
+"""A GSM8K file and a local model directory, as `rlvr-lab train` takes them: loaded, rolled out, graded."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlvr_lab.train.logs import read_jsonl
 
 DATA = Path(os.environ.get("RLVR_LAB_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SMALL = (
-    "steps=1", "rollout.prompts=2", "rollout.group_size=2", "rollout.max_tokens=8", "update.minibatches=2", "data.pool=20",
-    "evaluation.problems=2", "evaluation.samples=2", "logging.tensorboard=false", "logging.samples_every=1",
+    "steps=1", "rollout.prompts=2", "rollout.group_size=2", "rollout.max_tokens=8", "update.minibatches=2",
+    "data.pool=20", "evaluation.problems=2", "evaluation.samples=2", "logging.tensorboard=false", "logging.samples_every=1",
     "model.device=cpu",
 )  # fmt: skip
 
