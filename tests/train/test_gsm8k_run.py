@@ -17,8 +17,8 @@ from rlvr_lab.train.logs import read_jsonl
 DATA = Path(os.environ.get("RLVR_LAB_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SMALL = (
     "steps=1", "rollout.prompts=2", "rollout.group_size=2", "rollout.max_tokens=8", "update.minibatches=2",
-    "data.pool=20", "evaluation.problems=2", "evaluation.samples=2", "logging.tensorboard=false", "logging.samples_every=1",
-    "model.device=cpu",
+    "data.pool=20", "evaluation.problems=2", "evaluation.samples=2", "logging.tensorboard=false",
+    "logging.samples_every=1", "model.device=cpu",
 )  # fmt: skip
 
 
