@@ -101,7 +101,8 @@ def hostile() -> dict[str, Any]:
     for name, make in VERIFIERS.items():
         graded = make()
         rows = found[name] = {}
-        graded.task.grade(graded.problem, "\\boxed{x+2}", True)  # a child that has to start is not the answer's fault
+        for i in range(3):  # a child that has to start, or start again on a loaded machine, is not the answer's fault
+            graded.task.grade(graded.problem, _written(name, f"x+{i + 7}"), True)
         for title, answer in HOSTILE.items():
             start = time.perf_counter()
             verdict = graded.task.grade(graded.problem, _written(name, answer), True)

@@ -61,7 +61,8 @@ def pipeline_of(methods: Methods) -> Pipeline:
 def unsupported(pipeline: Pipeline) -> str | None:
     """Why TRL cannot carry a composition, with the method and the reason; None where it can.
 
-    Of the registered methods it cannot carry `arbitrary_entropy`, `lp_reg` and `siren`, and `hapo` only with tau 0.
+    Of the registered methods it cannot carry `arbitrary_entropy`, `empo`, `lp_reg`, `siren`, `tp_grpo` and `ucas`, and
+    `hapo` only with tau 0.
     """
     for method in pipeline.methods:
         for hook, reason in NOT_IN_TRL.items():

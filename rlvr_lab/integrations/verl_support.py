@@ -61,6 +61,13 @@ _WHY_NOT_A = {
 }
 _READS = "reads the whole distribution of every token, which verl's engines do not keep"
 _WHY_NOT_A |= {"read_logits": _READS, "read_old_logits": _READS}
+_NOT_RECORDED = {
+    "token_certainty": "needs a statistic of the raw logits, which verl's engines do not keep",
+    "sampled_logit": "needs a statistic of the raw logits, which verl's engines do not keep",
+    "answer": "needs the responses' answers, which verl's reward function does not hand over",
+    "cluster_id": "needs answers clustered without labels, which verl's reward function does not do",
+    "thought_label": "needs a judge of thoughts, which verl's rollout has not",
+}
 _WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample", "temper", "read_logits", "read_old_logits")}
 
 
@@ -75,6 +82,7 @@ def obstacles(methods: Sequence[Method], tier: Tier) -> list[str]:
     found = []
     for method in methods:
         reasons = [why for hook, why in hooks.items() if method.has(hook)]
+        reasons += [why for name, why in _NOT_RECORDED.items() if name in method.requires]
         if tier == "a" and not reasons:
             reasons += [f"needs '{name}'" for name in method.requires if name not in TIER_A_FIELDS]
             if type(method).bind is not Method.bind:

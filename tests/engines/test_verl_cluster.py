@@ -155,6 +155,7 @@ def without_rollout(config: Any, workers: Any, batch: KVBatchMeta, step: int) ->
     trainer.replay_buffer = SimpleNamespace(sample=lambda **_: (batch, {}))
     trainer.reward_loop_manager = SimpleNamespace(reward_loop_worker_handles=[])
     trainer.tokenizer = SimpleNamespace(eos_token_id=0)
+    trainer.pipeline.bind(load_policy("tiny/S", device="cpu").encode)
     trainer.send_loss()
     return trainer
 
@@ -235,6 +236,8 @@ CASES |= {
     "adaptive_entropy": {"adaptive_entropy": {"preset": "trl", "initial": 0.3, "target": 0.2}},
     "kl_reference": {"kl_reference": {"preset": "paper", "beta": 0.5}},
     "epo": {"epo": {"preset": "tiny", "coefficient": 0.5}},
+    "riskpo": {"riskpo": {"preset": "tiny", "bundle_size": 2}},
+    "light_if": {"light_if": {"preset": "tiny"}},  # as released its term has coefficient 0
     "hapo": {"hapo": {"preset": "tiny"}},  # the released one tempers the sampler, which is refused
     "composition": {"gspo": {"preset": "released"}, "kl_reference": {"beta": 0.3}, "dynamic_sampling": {}},
 }
@@ -257,6 +260,7 @@ def test_an_actor_update_on_two_ranks_is_the_plain_one(name: str, cluster: tuple
 
     rollout, advantage = trainer._graded
     ours = pipeline_of(CASES[name])
+    ours.bind(load_policy("tiny/S", device="cpu").encode)
     ours.load_state_dict(state)
     with torch.no_grad():
         old, entropy = reference.score(rollout)

@@ -218,7 +218,8 @@ def test_every_trainable_method_is_registered_or_listed_with_a_reason() -> None:
         assert f"rlvr_{slug}" in core_algos.ADV_ESTIMATOR_REGISTRY
     assert {"clip_cov", "kl_cov"} <= set(refused)
     assert all(len(reason) > 20 for reason in refused.values())
-    assert set(unsupported("b")) == {"arbitrary_entropy", "hapo", "lp_reg", "siren"}
+    left_to_our_loop = {"arbitrary_entropy", "copo", "empo", "hapo", "lp_reg", "siren", "tp_grpo", "ucas"}
+    assert set(unsupported("b")) == left_to_our_loop
     assert not obstacles([build("hapo", {"preset": "tiny"})], "b")  # with its tempered sampler off
     assert "optimizer minibatch" in refused["bapo"]
 
