@@ -60,6 +60,7 @@ def test_help_names_every_command() -> None:
                 "cold-start",
                 "methods",
                 "doctor",
+                "select",
                 "watch",
                 "report",
                 "serve",

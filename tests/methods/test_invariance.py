@@ -36,6 +36,7 @@ WIDER: dict[str, dict[str, Any]] = {
     "overlong": {"max_length": 20, "buffer": 10},
     "canon": {"max_length": 20},
     "riskpo": {"bundle_size": 2},
+    "one_shot": {"entropy_coefficient": 0.1},
 }
 
 

@@ -206,7 +206,7 @@ def test_equal_halves_are_dr_grpo_plus_a_bonus_for_the_better_half(seed, sizes, 
     reward, metric, group = groups_of(seed, sizes)
     high = canon.high_half(metric, group)
     low_mean, high_mean = canon.half_means(reward, high, group)
-    sign = torch.where(high, 1.0, -1.0)
+    sign = torch.where(high, 1.0, -1.0).to(reward)
     dr = group_advantage(reward, group, "none")
     identity = dr + (2 * mu - 1) * sign * (high_mean - low_mean) / 2
     assert torch.allclose(canon.canon_advantage(reward, high, group, mu), identity, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rlvr_lab.methods import build, compose
 from rlvr_lab.policy import forward
 from rlvr_lab.policy.forward import RAW, score, token_view
 from rlvr_lab.policy.load import Policy
+from rlvr_lab.policy.shard import shard
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +72,16 @@ def test_a_run_that_needs_them_gets_them(tiny_s: Policy) -> None:
     assert pipeline.advantage(scored).isfinite().all()
     # certainty is the cross entropy from the uniform distribution, so never below log V
     assert scored.statistics["token_certainty"][rollout.mask].min() >= torch.tensor(128.0).log() - 1e-4
+
+
+def test_a_sharded_model_records_the_same(model: Any) -> None:
+    rollout = make_rollout([5, 3, 0, 4])
+    alone = score(model, rollout, 2, raw=RAW).statistics
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = shard(copy.deepcopy(model), torch.device("cpu"), 1, None, False)
+        found = score(sharded, rollout, 2, raw=RAW).statistics
+    finally:
+        torch.distributed.destroy_process_group()
+    for name in RAW:
+        assert torch.allclose(found[name], alone[name], atol=1e-5), name
