@@ -142,8 +142,8 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
         "logging.tensorboard=true",
     )  # fmt: skip
     assert {p.name for p in out.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "problems.jsonl", "evaluations.jsonl", "evaluations", "samples.jsonl", "samples.html",
-        "checkpoints", "model", "summary.json", "tensorboard",
+        "config.yaml", "metrics.jsonl", "problems.jsonl", "evaluations.jsonl", "evaluations", "samples.jsonl",
+        "samples.html", "checkpoints", "model", "summary.json", "tensorboard",
     }  # fmt: skip
     evaluations = read_jsonl(out / "evaluations.jsonl")
     assert [e["step"] for e in evaluations] == [0, 2, 3]
