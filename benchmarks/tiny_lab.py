@@ -122,8 +122,8 @@ def timed(base: str, load_note: str) -> None:
     with tempfile.TemporaryDirectory(prefix=f"tiny_lab_{base}_") as folder:
         config = load_config(RECIPES[base], ["evaluation.problems=0"])
         run = Trainer(config, Path(folder) / "run", console=Lines()).run()
+        seconds = sum(row["seconds"] for row in run.history)  # read from the run's folder
     record = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-    seconds = sum(row["seconds"] for row in run.history)
     record[base] = {
         "command": f"python benchmarks/tiny_lab.py --base {base} --time",
         "recipe": RECIPES[base],
