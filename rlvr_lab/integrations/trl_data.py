@@ -24,6 +24,7 @@ class TaskReward:
     def __init__(self, task: Task[Any], problems: Sequence[Any], policy: Policy) -> None:
         self.task, self.problems, self.policy = task, problems, policy
         self.answers: list[str | None] | None = None
+        self.points: list[float] = []
 
     def __call__(self, completion_ids: Sequence[list[int]], problem_id: Sequence[int], **_: Any) -> list[float]:
         """Grade responses by their token ids, special tokens kept; a response without end token was cut."""
@@ -33,11 +34,28 @@ class TaskReward:
             for i, ids, finished in zip(problem_id, completion_ids, ended, strict=True)
         ]
         self.answers = [v.answer for v in verdicts]
+        self.points = [float(sum(v.points.values())) for v in verdicts]
         return [float(v.correct) for v in verdicts]
 
 
-def training_data(config: TrainConfig, policy: Policy) -> tuple[Any, TaskReward]:
-    """The recipe's problems as a dataset with the columns `prompt` (token ids) and `problem_id`, and their reward.
+class TaskPoints:
+    """Sum of the partial credits of the verdicts that `correct` has just made; TRL calls its rewards in their order."""
+
+    __name__ = "points"
+
+    def __init__(self, correct: TaskReward) -> None:
+        self.correct = correct
+
+    def __call__(self, completion_ids: Sequence[list[int]], **_: Any) -> list[float]:
+        """Raises ValueError where `correct` was not asked for the same responses before."""
+        if len(self.correct.points) != len(completion_ids):
+            raise ValueError("the reward 'points' must stand after 'correct', whose verdicts it reads")
+        return list(self.correct.points)
+
+
+def training_data(config: TrainConfig, policy: Policy) -> tuple[Any, list[TaskReward | TaskPoints]]:
+    """The recipe's problems as a dataset with the columns `prompt` (token ids) and `problem_id`, and their rewards:
+    `correct`, and `points` where the task gives partial credits.
 
     Raises UserError as `load_problems` does.
     """
@@ -45,7 +63,9 @@ def training_data(config: TrainConfig, policy: Policy) -> tuple[Any, TaskReward]
 
     problems: Problems = load_problems(config, policy, print)
     columns = {"prompt": problems.prompts, "problem_id": list(range(len(problems.train)))}
-    return Dataset.from_dict(columns), TaskReward(problems.task, problems.train, policy)
+    correct = TaskReward(problems.task, problems.train, policy)
+    points = [TaskPoints(correct)] if getattr(problems.task, "point_names", ()) else []
+    return Dataset.from_dict(columns), [correct, *points]
 
 
 def split_rows(rows: int, most: int, processes: int | None = None) -> tuple[int, int]:

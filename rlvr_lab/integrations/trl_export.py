@@ -55,10 +55,10 @@ def lr_factor(rollout: int) -> float:
 
 if __name__ == "__main__":
     policy = load_policy($model, device="cpu", dtype="float32")  # accelerate moves it
-    dataset, correct = training_data(recipe, policy)
+    dataset, rewards = training_data(recipe, policy)
     trainer = RlvrGRPOTrainer(
         policy.model,
-        correct,
+        rewards,
         config,
         dataset,
         processing_class=policy.tokenizer,

@@ -18,6 +18,7 @@ from rlvr_lab.integrations.trl_data import TaskReward, split_rows, training_data
 from rlvr_lab.integrations.trl_export import export
 from rlvr_lab.policy.load import load_policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
+from rlvr_lab.rollout.grading import grade as rollout_graded
 from rlvr_lab.train.config import load_config, packaged_recipes
 
 CARRIED, REFUSED = [], []
@@ -86,7 +87,7 @@ def test_reward_grades_by_token_ids() -> None:
     """A solved problem, the same without its end token, and nothing."""
     config = load_config("grpo/tiny", ["data.pool=5"])
     policy = load_policy("tiny/S", device="cpu")
-    data, reward = training_data(config, policy)
+    data, (reward,) = training_data(config, policy)
     assert isinstance(reward, TaskReward)
     assert data[0]["prompt"] == list(reward.problems[0].prompt_ids)
     solved = next(ids for ids in _candidates(policy, reward) if reward([ids], [0]) == [1.0])
@@ -95,6 +96,26 @@ def test_reward_grades_by_token_ids() -> None:
     assert reward.answers[0] is not None
     assert reward.answers[2] is None
     assert reward.__name__ == "correct"
+
+
+def test_partial_credits_are_a_reward_of_their_own() -> None:
+    config = load_config("light_if/tiny", ["data.pool=20"])
+    policy = load_policy("tiny/I", device="cpu")
+    data, (correct, points) = training_data(config, policy)
+    rollout = TransformersEngine(policy).sample(
+        data["prompt"][:8], 4, Sampling(max_tokens=32), torch.Generator().manual_seed(0)
+    )
+    ids = [row[:n] for row, n in zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)]
+    numbers = rollout.prompt_id.tolist()
+    with pytest.raises(ValueError, match="must stand after 'correct'"):
+        points(ids)
+    right, earned = correct(ids, numbers), points(ids)
+    task, problems = config.data.make_task(), correct.problems
+    graded = rollout_graded(rollout, task, problems, policy)
+    both = [a + b for a, b in zip(right, earned, strict=True)]
+    total = torch.stack(list(graded.reward_components.values())).sum(0)
+    assert both == pytest.approx(total.tolist())
+    assert any(0 < value < 1 for value in both)
 
 
 def _candidates(policy: Any, reward: TaskReward) -> Any:
