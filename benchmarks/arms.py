@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "arms.json"
@@ -88,12 +89,12 @@ def one_run(arm: str, seed: int, steps: int, samples: int) -> dict[str, Any]:
         rows, evaluations = [], []
         for step in range(steps):
             metrics = trainer.step(step)
-            rows.append({name: _rounded(metrics[name]) for name in COLUMNS if name in metrics})
+            rows.append({name: rounded(metrics[name]) for name in COLUMNS if name in metrics})
             if step + 1 in (steps // 2, steps):
                 result = trainer.evaluate(step + 1)
                 assert result is not None
                 summary = result.summary((1, 4, 16, 32))
-                evaluations.append({"step": step + 1} | {name: _rounded(summary[name]) for name in KEPT})
+                evaluations.append({"step": step + 1} | {name: rounded(summary[name]) for name in KEPT})
         trainer.log.close()
     return {"steps": rows, "evaluations": evaluations}
 
@@ -111,11 +112,7 @@ def base_evaluation(samples: int) -> dict[str, float]:
     summary = evaluate(
         policy, CountdownTask(), problems, samples=samples, sampling=Sampling(1.0, 32, 512), seed=0
     ).summary((1, 4, 16, 32))
-    return {name: _rounded(summary[name]) for name in KEPT}
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if value == value else None
+    return {name: rounded(summary[name]) for name in KEPT}
 
 
 def main(

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +82,7 @@ def rl_runs(seed: int) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, 
     """Token weights against their controls."""
     for arm, change in ARMS.items():
         config = load_config("light_if/tiny", [*SHORT, f"seed={seed}", f"steps={STEPS['rl']}", *change])
-        yield {"arm": arm}, lambda config=config: trained(config, (2, 3, 4))  # type: ignore[misc]
+        yield {"arm": arm}, partial(trained, config, (2, 3, 4))
 
 
 def dense_runs(seed: int) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
@@ -93,7 +94,7 @@ def dense_runs(seed: int) -> Iterator[tuple[dict[str, Any], Callable[[], dict[st
                 "light_if/tiny", [*SHORT, *PLAIN, f"seed={seed}", f"steps={STEPS['dense']}", *settings]
             )
             name = {"size": size, "reward": "dense" if dense else "strict"}
-            yield name, lambda config=config, size=size: trained(config, (size,))  # type: ignore[misc]
+            yield name, partial(trained, config, (size,))
 
 
 def cold_examples(seed: int) -> tuple[list[Any], dict[str, Any]]:
@@ -131,13 +132,13 @@ def sft_runs(seed: int) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str,
         return {"prompts": sorted_, "before": before, "epochs": history, "end": after, "rl": later}
 
     for objective in ("entropy", "plain", "random"):
-        yield {"objective": objective}, lambda objective=objective: run(objective)  # type: ignore[misc]
+        yield {"objective": objective}, partial(run, objective)
 
 
 def base_runs(seed: int) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """The shipped base by number of rules: success, complete previews, previewed rules kept."""
     for size in (2, 3, 4):
-        yield {"size": size}, lambda size=size: figures_of_base(size, seed)  # type: ignore[misc]
+        yield {"size": size}, partial(figures_of_base, size, seed)
 
 
 def figures_of_base(size: int, seed: int) -> dict[str, Any]:

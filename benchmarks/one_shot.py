@@ -10,14 +10,13 @@ early, as it collapses. Held-out accuracy is that of the end of each run. Result
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import opened, rounded, save
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "one_shot.json"
@@ -46,17 +45,13 @@ def one_run(setting: str, seed: int, steps: int, folder: Path, every: int) -> di
         if (step + 1) % every == 0 or step + 1 == steps:
             evaluations[str(step + 1)] = _evaluated(trainer, step + 1)
     trainer.log.close()
-    columns = {name: [_rounded(row[name]) for row in rows] for name in COLUMNS}
+    columns = {name: [rounded(row[name]) for row in rows] for name in COLUMNS}
     return {"setting": setting, "steps": columns, "evaluations": evaluations}
 
 
 def _evaluated(trainer: Any, step: int) -> dict[str, float | None]:
     summary = trainer.evaluate(step).summary((1, 16))
-    return {name: _rounded(summary[name]) for name in KEPT}
-
-
-def _rounded(value: float | None) -> float | None:
-    return float(f"{value:.4g}") if value is not None and value == value else None
+    return {name: rounded(summary[name]) for name in KEPT}
 
 
 def base(seed: int) -> dict[str, float | None]:
@@ -99,17 +94,7 @@ def main(
     out: Annotated[Path, typer.Option(help="File to add the results to.")] = DATA,
 ) -> None:
     """Run everything; see the head of this file."""
-    from rlvr_lab.train.loop import machine
-
-    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"seeds": {}}
-    record |= {
-        "command": "python benchmarks/one_shot.py",
-        "recipe": "arena/tiny",
-        "settings": list(SETTINGS),
-        "steps": steps,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine() | {"threads": 1},
-    }
+    record = opened(out, {"seeds": {}}, "one_shot.py", "arena/tiny", SETTINGS, steps)
     for seed in range(seeds):
         found = record["seeds"].setdefault(str(seed), {"arms": {}})
         if "base" not in found:
@@ -119,14 +104,14 @@ def main(
                 setting = "methods={grpo: {preset: tiny}}"
                 found["arms"]["full"] = one_run(setting, seed, steps, Path(folder), steps // 2)
                 found["chosen"] = choices(Path(folder) / "run", seed)
-            out.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+            save(out, record)
         for name, setting in arms(found["chosen"]).items():
             if name in found["arms"] or (only and name not in only):
                 continue
             count = ENTROPY_ONLY_STEPS if name == "entropy_only" else steps
             with tempfile.TemporaryDirectory(prefix="one_shot_") as folder:
                 found["arms"][name] = one_run(setting, seed, count, Path(folder), steps // 2)
-            out.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+            save(out, record)
             print(seed, name, list(found["arms"][name]["evaluations"].items())[-1], flush=True)
 
 

@@ -9,13 +9,12 @@ rollout; the end is evaluated on held-out problems. Results go to `book/data/pea
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import chosen_arms, opened, record_arms, rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "pear.json"
@@ -48,17 +47,13 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
         result = trainer.evaluate(steps)
         assert result is not None
         trainer.log.close()
-    columns = {name: [_rounded(row[name]) for row in rows] for name in COLUMNS}
+    columns = {name: [rounded(row[name]) for row in rows] for name in COLUMNS}
     return {"steps": columns, "end": _summary(result)}
 
 
 def _summary(result: Any) -> dict[str, float | None]:
     summary = result.summary((1, 8))
-    return {name: _rounded(summary[name]) for name in KEPT}
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if value == value else None
+    return {name: rounded(summary[name]) for name in KEPT}
 
 
 def main(
@@ -68,29 +63,10 @@ def main(
     out: Annotated[Path, typer.Option(help="File to add the results to.")] = DATA,
 ) -> None:
     """Run arms; see the head of this file."""
-    from rlvr_lab.train.loop import machine
-
-    chosen = arms or list(ARMS)
-    if unknown := [a for a in chosen if a not in ARMS]:
-        raise typer.BadParameter(f"no arm '{unknown[0]}'; there are {', '.join(ARMS)}")
-    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"arms": {}}
-    record |= {
-        "command": "python benchmarks/pear.py",
-        "recipe": "grpo/tiny_retries",
-        "settings": list(SETTINGS),
-        "steps": steps,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine() | {"threads": 1},
-    }
+    chosen = chosen_arms(arms, ARMS)
+    record = opened(out, {"arms": {}}, "pear.py", "grpo/tiny_retries", SETTINGS, steps)
     for seed in range(seeds):
-        for arm in chosen:
-            entry = record["arms"].setdefault(arm, {"setting": ARMS[arm], "seeds": {}})
-            if str(seed) in entry["seeds"]:
-                continue
-            entry["seeds"][str(seed)] = found = one_run(arm, seed, steps)
-            out.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-            first, last = (found["steps"]["pear.thinking_tokens"][i] for i in (0, -1))
-            print(f"{arm} seed {seed}: thinking {first} to {last} tokens, {found['end']}", flush=True)
+        record_arms(record, ARMS, chosen, seed, out, lambda arm, seed: one_run(arm, seed, steps))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ Results go to `book/data/tp_grpo.json`.
 
 from __future__ import annotations
 
-import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import chosen_arms, opened, record_arms, rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "tp_grpo.json"
@@ -48,7 +47,7 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
         trainer = Trainer(load_config("grpo/tiny_retries", settings), Path(folder) / "run")
         rows = [trainer.step(step) for step in range(steps)]
         trainer.log.close()
-        return {"steps": {name: [_rounded(row[name]) for row in rows] for name in COLUMNS}, "end": judged(trainer)}
+        return {"steps": {name: [rounded(row[name]) for row in rows] for name in COLUMNS}, "end": judged(trainer)}
 
 
 def judged(trainer: Any, samples: int = 16) -> dict[str, float | None]:
@@ -70,17 +69,13 @@ def judged(trainer: Any, samples: int = 16) -> dict[str, float | None]:
     no = policy.encode("no")[0]
     return {
         "responses": float(len(rollout)),
-        "accuracy": _rounded(float(right.float().mean())),
-        "undone_tokens": _rounded(float(masked_mean(bad, rollout.mask & right[:, None]))),
-        "undone_responses": _rounded(float(masked_mean(undone.float(), right))),
-        "verdicts_no": _rounded(float(((rollout.response_ids == no) & rollout.mask).sum(1).float().mean())),
-        "mean_tokens": _rounded(float(rollout.lengths.float().mean())),
-        "token_entropy": _rounded(float(masked_mean(rollout.statistics["token_entropy"], rollout.mask))),
+        "accuracy": rounded(float(right.float().mean())),
+        "undone_tokens": rounded(float(masked_mean(bad, rollout.mask & right[:, None]))),
+        "undone_responses": rounded(float(masked_mean(undone.float(), right))),
+        "verdicts_no": rounded(float(((rollout.response_ids == no) & rollout.mask).sum(1).float().mean())),
+        "mean_tokens": rounded(float(rollout.lengths.float().mean())),
+        "token_entropy": rounded(float(masked_mean(rollout.statistics["token_entropy"], rollout.mask))),
     }
-
-
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if value == value else None
 
 
 def main(
@@ -90,30 +85,12 @@ def main(
     out: Annotated[Path, typer.Option(help="File to add the results to.")] = DATA,
 ) -> None:
     """Run arms; see the head of this file."""
-    from rlvr_lab.train.loop import machine
-
-    chosen = arms or list(ARMS)
-    if unknown := [a for a in chosen if a not in ARMS]:
-        raise typer.BadParameter(f"no arm '{unknown[0]}'; there are {', '.join(ARMS)}")
-    record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"base": {}, "arms": {}}
-    record |= {
-        "command": "python benchmarks/tp_grpo.py",
-        "recipe": "grpo/tiny_retries",
-        "settings": list(SETTINGS),
-        "steps": steps,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine() | {"threads": 1},
-    }
+    chosen = chosen_arms(arms, ARMS)
+    record = opened(out, {"base": {}, "arms": {}}, "tp_grpo.py", "grpo/tiny_retries", SETTINGS, steps)
     for seed in range(seeds):
         if str(seed) not in record["base"]:
             record["base"][str(seed)] = one_run("grpo", seed, 0)["end"]
-        for arm in chosen:
-            entry = record["arms"].setdefault(arm, {"setting": ARMS[arm], "seeds": {}})
-            if str(seed) in entry["seeds"]:
-                continue
-            entry["seeds"][str(seed)] = found = one_run(arm, seed, steps)
-            out.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-            print(f"{arm} seed {seed}: {found['end']}", flush=True)
+        record_arms(record, ARMS, chosen, seed, out, lambda arm, seed: one_run(arm, seed, steps))
 
 
 if __name__ == "__main__":

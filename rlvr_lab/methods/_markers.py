@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..errors import UserError
+from .base import Encode
 
 NO_WORD = "\ue000"  # of no language: one token only where a vocabulary has one for whatever it does not know
 
 
-def marker_ids(texts: Sequence[str], encode: Callable[[str], list[int]], name: str) -> tuple[tuple[int, ...], ...]:
+def marker_ids(texts: Sequence[str], encode: Encode, name: str) -> tuple[tuple[int, ...], ...]:
     """Token ids of each text. Raises UserError "methods.<name> ..." for one that this vocabulary cannot write."""
     nothing = encode(NO_WORD)
     unknown = set(nothing) if len(nothing) == 1 else set()

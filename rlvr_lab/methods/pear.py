@@ -30,11 +30,11 @@ from ..core.entropy import phase_entropy
 from ..core.rollout import Rollout
 from ..errors import UserError
 from ._draws import StepDraws
+from ._markers import marker_ids
 from ._settings import check, check_choice
 from .base import Encode, Method
 
 Penalty = Literal["own", "shuffled", "none"]
-NO_WORD = "\ue000"  # of no language: one token only where a vocabulary has one for whatever it does not know
 
 
 def find_marker(ids_BT: Tensor, mask_BT: Tensor, markers: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -127,14 +127,7 @@ class PEAR(Method):
 
     def bind(self, encode: Encode) -> None:
         """The marker's token ids. Raises UserError for a text that has none, or an unknown one."""
-        found = {text: tuple(encode(text)) for text in self.config.markers}
-        unknown = set(encode(NO_WORD)) if len(encode(NO_WORD)) == 1 else set()
-        for text, ids in found.items():
-            if not ids:
-                raise UserError(f"methods.pear.marker '{text}' has no token in this vocabulary")
-            if unknown & set(ids):
-                raise UserError(f"methods.pear.marker '{text}' holds a word that this vocabulary does not know")
-        self.markers = tuple(found.values())
+        self.markers = marker_ids(self.config.markers, encode, "pear.marker")
 
     def reward(self, rollout: Rollout) -> dict[str, Tensor]:
         """One component, `pear` [B]."""

@@ -8,6 +8,7 @@ own. POSIX only (`poll` on pipes).
 
 from __future__ import annotations
 
+import abc
 import atexit
 import json
 import os
@@ -32,7 +33,7 @@ class _Late(Exception):
     """No reply before the deadline."""
 
 
-class ChildProcess:
+class ChildProcess(abc.ABC):
     """One child and the lock that serialises its questions. A subclass names the script and the library it needs.
 
     The script is started with `megabytes` as its only argument and greets with `{"ready": true}` or `{"error": str}`.
@@ -48,9 +49,9 @@ class ChildProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
 
+    @abc.abstractmethod
     def script(self) -> Path:
         """The file that the child runs."""
-        raise NotImplementedError
 
     def ask(self, request: Mapping[str, object], seconds: float) -> dict[str, object]:
         """The reply, or `{"error": reason}` where the child did not reply within `seconds`, crashed, or ran out of

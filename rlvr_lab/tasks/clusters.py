@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
@@ -184,7 +185,7 @@ class ByEmbedding:
         self.threshold, self.reassign = threshold, reassign
         if encode is None:
             loaded = _load("SentenceTransformer", "embedding", model, device)
-            encode = lambda texts: loaded.encode(texts, normalize_embeddings=True, show_progress_bar=False)  # noqa: E731
+            encode = partial(loaded.encode, normalize_embeddings=True, show_progress_bar=False)
         self.encode = encode
 
     def __call__(self, answers: Sequence[str], question: str = "") -> list[int]:

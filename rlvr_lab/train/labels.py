@@ -48,8 +48,11 @@ class Labels:
                 rollout, problems.task, problems.train, self.sampler, self._clusterer, data.clusters.refuse_copies
             )
         if self._judge is not None and (pipeline.needs(LABEL) or pipeline.needs(STEP)):
-            draw = lambda problem: Random(derive_seed(self.config.seed, f"judge {problem}", step))  # noqa: E731
             judge = data.judge
+
+            def draw(problem: int) -> Random:
+                return Random(derive_seed(self.config.seed, f"judge {problem}", step))
+
             rollout = with_thoughts(rollout, self._judge, problems.train, judge.accuracy, judge.shuffled, draw)
         return rollout
 
