@@ -22,11 +22,12 @@ PROVIDED_BY = {
     "answer": "a task with a verifier (data.task)",
     "difficulty": "a method with a `select` hook that estimates difficulty",
     "bundle_id": "a method with a `select` hook that forms bundles",
+    "path_id": "a method with a `sample` hook that branches, or a multi-turn environment (data.task)",
     "parent_id": "a method with a `sample` hook that branches",
     "branch_position": "a method with a `sample` hook that branches",
     "prefix_length": "a method with a `sample` hook that branches",
     "turn_id": "a multi-turn environment (data.task)",
-    "segment_id": "a method with a `sample` hook that segments responses",
+    "segment_id": "a multi-turn environment (data.task)",
     "cluster_id": "a task that reads answers without their labels (data.task)",
     "thought_label": "a judge of thoughts (data.judge)",
     "thought_step": "a judge of thoughts (data.judge)",
@@ -35,14 +36,14 @@ PROVIDED_BY = {
 }
 
 _PER_RESPONSE = (
-    "prompt_id", "group_id", "finished", "policy_version", "bundle_id", "parent_id", "branch_position",
-    "prefix_length", "difficulty", "reward", "correct", "cluster_id",
+    "prompt_id", "group_id", "finished", "policy_version", "bundle_id", "path_id", "parent_id",
+    "branch_position", "prefix_length", "difficulty", "reward", "correct", "cluster_id", "replayed",
 )  # fmt: skip
 _PER_TOKEN = (
     "response_ids", "response_mask", "action_mask", "behaviour_logprob", "behaviour_temperature", "turn_id",
     "segment_id", "old_logprob",
 )  # fmt: skip
-_BOOLEAN = ("response_mask", "action_mask", "prompt_mask", "finished", "correct")
+_BOOLEAN = ("response_mask", "action_mask", "prompt_mask", "finished", "correct", "replayed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +83,21 @@ class Rollout:
     old_logprob: Tensor | None = None
     """Log-probability under the policy before this step's updates; the denominator of the importance ratio."""
     turn_id: Tensor | None = None
+    """Turn of each token [B, T]: what the policy said, and what it was told in answer to it."""
     segment_id: Tensor | None = None
+    """Piece of each token [B, T]: one run of sampled tokens, or of told ones."""
     bundle_id: Tensor | None = None
+    path_id: Tensor | None = None
+    """Number of each response in its group, which `parent_id` refers to."""
     parent_id: Tensor | None = None
+    """`path_id` of the response that the first `prefix_length` tokens were copied from; -1 for a root."""
     branch_position: Tensor | None = None
+    """Token of the parent's response at which a method branched; -1 for a root. Where a limit cut the prefix short, it
+    lies beyond `prefix_length`."""
     prefix_length: Tensor | None = None
+    """Tokens taken over from the parent. Sampled tokens begin here."""
+    replayed: Tensor | None = None
+    """True for a response of an earlier step, from a replay buffer; None where there is none."""
     difficulty: Tensor | None = None
     reward: Tensor | None = None
     correct: Tensor | None = None
@@ -142,6 +153,14 @@ class Rollout:
     def lengths(self) -> Tensor:
         """Response lengths in tokens [B]."""
         return self.response_mask.sum(1)
+
+    @property
+    def sampled(self) -> Tensor:
+        """Tokens that were sampled for this response [B, T]: actions, without those copied from a parent."""
+        if self.prefix_length is None:
+            return self.mask
+        place = torch.arange(self.response_ids.shape[1], device=self.response_ids.device)
+        return self.mask & (place >= self.prefix_length[:, None])
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]

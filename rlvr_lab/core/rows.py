@@ -51,6 +51,26 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(**joined)
 
 
+def with_replayed(
+    rollout: Rollout, advantage_BT: Tensor, replayed: Rollout, replayed_advantage_bT: Tensor
+) -> tuple[Rollout, Tensor]:
+    """New responses and earlier ones as one rollout, flagged by `replayed`, with the advantage of both.
+
+    The ratio of an earlier response is taken against the log-probs stored when it was sampled. A statistic that only
+    the new rows have is kept and is nan on the earlier ones, one that only these have is dropped. Raises ValueError
+    where a field is present in one and absent in the other.
+    """
+    common = {
+        name: replayed.statistics.get(name, torch.full_like(replayed.behaviour_logprob, float("nan")))
+        for name in rollout.statistics
+    }
+    device = rollout.response_ids.device
+    old = replayed.with_(old_logprob=replayed.behaviour_logprob, statistics=common).to(device)
+    flags = [torch.full((len(part),), flag, device=device) for part, flag in ((rollout, False), (old, True))]
+    joined = concatenate([part.with_(replayed=flag) for part, flag in zip((rollout, old), flags, strict=True)])
+    return joined, torch.cat(_pad_right([advantage_BT, replayed_advantage_bT.to(advantage_BT)]))
+
+
 def _join(name: str, values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, Tensor):
@@ -77,3 +97,10 @@ def _pad_right(values: Sequence[Tensor]) -> list[Tensor]:
 def _pad_left(values: Sequence[Tensor]) -> list[Tensor]:
     width = max(v.shape[1] for v in values)
     return [torch.nn.functional.pad(v, (width - v.shape[1], 0)) for v in values]
+
+
+def tool_calls(rollout: Rollout) -> Tensor:
+    """Times [B] that the policy was told something in answer: changes from a sampled token to one that it was told,
+    within the response. In an environment each is the end of one turn that a tool or the world answered."""
+    said, told = rollout.mask[:, :-1], rollout.response_mask[:, 1:] & ~rollout.action_mask[:, 1:]
+    return (said & told).sum(1)

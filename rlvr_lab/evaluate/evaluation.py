@@ -15,6 +15,7 @@ from ..core.rollout import Rollout
 from ..core.statistics import bootstrap_interval
 from ..policy.load import Policy
 from ..rollout.engine import Sampling, TransformersEngine
+from ..rollout.episodes import for_task
 from ..rollout.grading import grade
 from ..tasks.base import Task
 from .majority import Votes, majority_at_k, votes_of
@@ -133,14 +134,16 @@ def evaluate(
 ) -> Evaluation:
     """Draw `samples` responses per problem and grade them. The same seed gives the same figures on CPU.
 
-    `engine`: what samples (`rollout.factory.Engine`), by default the policy itself. `report(rows)` is called as
+    `engine`: what samples (`rollout.factory.Engine`), by default the policy itself, in episodes where the task is an
+    environment; an engine that is given must play them itself. `report(rows)` is called as
     responses are completed. Raises ValueError for no problem or no sample.
     """
     if not problems or samples < 1:
         raise ValueError("an evaluation needs at least one problem and one sample per problem")
     prompts = [task.prompt_ids(problem, policy.tokenizer) for problem in problems]
     generator = torch.Generator(device=policy.device).manual_seed(seed)
-    rollout = (engine or TransformersEngine(policy)).sample(prompts, samples, sampling, generator, report=report)
+    engine = engine or for_task(TransformersEngine(policy), task, problems)
+    rollout = engine.sample(prompts, samples, sampling, generator, report=report)
     rollout = grade(rollout, task, problems, policy)
     entropy = rollout.statistics["token_entropy"]
     return Evaluation(

@@ -14,6 +14,7 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 | `filter` | graded rollout | rollout with rows dropped or tokens unmarked | one after the other |
 | `advantage` | whole rollout | advantage [B, T] | exclusive |
 | `channels` | whole rollout, advantage | further advantage channels [B, T] by name | all are recorded |
+| `replay` | whole rollout, advantage | earlier responses with their advantage [b, T], or None | exclusive |
 | `prepare` | optimizer minibatch, advantage, generator | token statistics [B, T] by name | all are recorded |
 | `weight` | optimizer minibatch, advantage | token weights [B, T] of the surrogate | multiplied |
 | `clip` | optimizer minibatch, advantage | lower and upper bound of the ratio | exclusive |
@@ -25,6 +26,14 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 
 `channels` exists for what must be known of the whole rollout and is no advantage of its own, such as a second one that
 a surrogate blends with the first. What it returns are statistics of the rollout from then on.
+
+`sample` is given an engine that continues any prefix (`extend`); a method that branches keeps `core.paths.Path`s and
+makes its rollout of them. `engine.turns` plays an environment and is None for a plain task.
+
+What `replay` returns is learned from beside the new responses: dealt over the same minibatches, its importance ratios
+against the log-probs stored when it was sampled, and reduced for itself, so that the loss is the reduction over new
+rows plus that over replayed ones (`Rollout.replayed`); a factor between the two is a `weight`. It is asked once per
+rollout, after `channels`, and its order is to draw first and to store the present rollout afterwards.
 
 `prepare` exists so that choices which span the minibatch (top-k, quantiles, covariances) are made before it is split
 into micro-batches. `weight` multiplies the surrogate alone; regularisers are reduced over all tokens.
@@ -57,7 +66,7 @@ from ..core.rollout import Rollout
 from ..core.temperature import TemperatureRule
 from ..errors import UserError
 
-EXCLUSIVE = ("select", "sample", "temper", "advantage", "clip", "surrogate")
+EXCLUSIVE = ("select", "sample", "temper", "advantage", "replay", "clip", "surrogate")
 CHAINED = (
     "reward",
     "filter",
@@ -69,7 +78,7 @@ CHAINED = (
     "read_old_logits",
     "read_logits",
 )
-HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels",
+HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels", "replay",
          "read_logits", "prepare", "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
 Encode = Callable[[str], list[int]]
@@ -290,6 +299,12 @@ class Pipeline:
             found = method.channels(rollout, advantage)
             rollout = rollout.with_statistics(**{k: v.detach().masked_fill(~rollout.mask, 0) for k, v in found.items()})
         return rollout, advantage
+
+    def replay(self, rollout: Rollout, advantage_BT: Tensor) -> tuple[Rollout, Tensor] | None:
+        """Earlier responses to learn from beside the rollout, with their advantage [b, T]; None without any."""
+        owner = self.owner("replay")
+        found: tuple[Rollout, Tensor] | None = owner.replay(rollout, advantage_BT) if owner else None
+        return found
 
     def reader(self, old: bool = False) -> Callable[[Tensor, Tensor], dict[str, Tensor]] | None:
         """What all methods read from log-probs [..., V] and ids [...], as one function; None where none reads.

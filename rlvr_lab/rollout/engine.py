@@ -14,16 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.paths import Path, Piece, Start
 from ..core.rollout import Rollout, pad
 from ..core.temperature import TemperatureRule
 from ..policy.load import Policy
-from .streams import PromptNoise, Streams, at_quantile, prompt_seeds
+from .scoring import fill_entropy
+from .stops import Stops
+from .streams import PromptNoise, Streams, at_quantile, keyed_seeds, prompt_seeds
 
 EVICT_SHARE = 0.1
 BROKEN = "the policy's logits are nan: its weights are broken"
 
 Chunk = list[tuple[Sequence[int], int]]
 """Prompts, each with the number of responses to sample."""
+Source = torch.Generator | Tensor
+"""The stream of all rows, or every row's own numbers [rows, T]."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,28 @@ class Drawn(NamedTuple):
     temperature: Tensor
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Where each row of a chunk stops: tokens [rows], and stop texts; and each row's temperature, or that of all."""
+
+    tokens: Tensor
+    temperature: float | Tensor
+    stops: Stops | None = None
+
+    def temperature_of(self, rows: Tensor) -> float | Tensor:
+        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+
+
 class _Tape:
     """What is recorded while sampling: one row per response, one column per step."""
 
-    def __init__(self, rows: int, columns: int, pad_id: int, temperature: float, device: torch.device) -> None:
+    def __init__(self, rows: int, columns: int, pad_id: int, temperature: float | Tensor, device: torch.device) -> None:
         self.ids = torch.full((rows, columns), pad_id, dtype=torch.long, device=device)
         self.logprob, self.entropy, self.old = (torch.zeros(rows, columns, device=device) for _ in range(3))
-        self.temperature = torch.full((rows, columns), float(temperature), device=device)
+        base = torch.as_tensor(temperature, dtype=torch.float32, device=device)
+        self.temperature = base.reshape(-1, 1).expand(rows, columns).clone()
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.finished, self.stopped = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
 
     def write(self, rows: Tensor, step: int, drawn: Drawn, running: Tensor) -> None:
         """Record the rows of `drawn` that are still running at their places `rows`."""
@@ -78,6 +96,16 @@ class _Tape:
         self.temperature[rows, step] = drawn.temperature[running]
         self.length[rows] = step + 1
 
+    def pieces(self) -> list[Piece]:
+        """Every row as plain lists."""
+        names = ("ids", "logprob", "temperature", "entropy", "old")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        ends = zip(self.length.tolist(), self.finished.tolist(), self.stopped.tolist(), strict=True)
+        return [
+            Piece(**{name: column[i][:n] for name, column in columns.items()}, finished=done, stopped=cut)
+            for i, (n, done, cut) in enumerate(ends)
+        ]
+
 
 class TransformersEngine:
     """Samples groups of responses from any causal language model of transformers.
@@ -86,9 +114,13 @@ class TransformersEngine:
     whole copy (`replica`), which `sync` brings up to date.
     """
 
+    turns = None
+    """No environment: a response is one turn. See `rollout.episodes`."""
+
     def __init__(self, policy: Policy, *, replica: bool = False) -> None:
         self.policy, self.replica = policy, replica
         self._eos = torch.tensor(policy.eos_ids, device=policy.device)
+        self._stops: dict[tuple[str, ...], Stops] = {}
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -140,30 +172,96 @@ class TransformersEngine:
         for chunk in _chunks(prompts, group_size, sampling.rows):
             rows = sum(n for _, n in chunk)
             source = generator if noise is None else noise.rows(done, done + rows).to(self.policy.device)
-            tapes.append(self._sample_chunk(chunk, sampling, source))
+            tokens = torch.full((rows,), sampling.max_tokens, device=self.policy.device)
+            tapes.append(self._sample_chunk(chunk, _Limits(tokens, sampling.temperature), sampling.temper, source))
             done += rows
             report(rows)
         problems = list(problem_ids) if problem_ids is not None else list(range(len(prompts)))
         return self._as_rollout(tapes, prompts, problems, group_size, sampling, version)
 
-    def _sample_chunk(self, chunk: Chunk, sampling: Sampling, source: torch.Generator | Tensor) -> _Tape:
-        """`source`: the stream of all rows, or every row's own numbers [rows, T]."""
+    @torch.no_grad()
+    def extend(
+        self,
+        starts: Sequence[Start],
+        sampling: Sampling,
+        generator: torch.Generator,
+        *,
+        stops: Sequence[str] = (),
+        report: Callable[[int], None] = lambda rows: None,
+    ) -> list[Piece]:
+        """Continue each start by one piece, which ends with the end token, a text of `stops` or the start's limit.
+
+        Contexts of different length share a batch; equal ones that stand side by side are read once. With streams per
+        prompt the numbers of a start are those of its `key`, whatever else is in flight.
+        Raises ValueError for an empty context, or a start without room.
+        """
+        for i, start in enumerate(starts):
+            if not len(start.ids) or start.max_tokens < 1:
+                raise ValueError(f"start {i} has {len(start.ids)} tokens of context and room for {start.max_tokens}")
+        seeds = None
+        if sampling.streams == "prompt":
+            seeds = keyed_seeds(generator, [i if s.key is None else s.key for i, s in enumerate(starts)])
+        order = sorted(range(len(starts)), key=lambda i: len(starts[i].ids))  # little padding in a batch
+        pieces: list[Piece | None] = [None] * len(starts)
+        for first in range(0, len(order), sampling.rows):
+            rows = order[first : first + sampling.rows]
+            own = None if seeds is None else [seeds[i] for i in rows]
+            found = self._extend([starts[i] for i in rows], sampling, generator, own, stops)
+            for i, piece in zip(rows, found, strict=True):
+                pieces[i] = piece
+            report(len(rows))
+        return [piece for piece in pieces if piece is not None]
+
+    def with_entropy(self, paths: Sequence[Path], rows: int = 64) -> None:
+        """Fill in the entropies of paths that lack them; this engine records them, so none of its own does."""
+        fill_entropy(self.policy, paths, rows)
+
+    def _extend(
+        self,
+        starts: Sequence[Start],
+        sampling: Sampling,
+        generator: torch.Generator,
+        seeds: Sequence[int] | None,
+        stops: Sequence[str],
+    ) -> list[Piece]:
+        device = self.policy.device
+        tokens = torch.tensor([s.max_tokens for s in starts], device=device)
+        own = [sampling.temperature if s.temperature is None else s.temperature for s in starts]
+        temperature = own[0] if len(set(own)) == 1 else torch.tensor(own, device=device)
+        source: Source = generator
+        if seeds is not None:
+            source = PromptNoise(seeds, 1, int(tokens.max())).rows(0, len(seeds)).to(device)
+        chunk: Chunk = []
+        for start in starts:
+            if chunk and list(chunk[-1][0]) == list(start.ids):
+                chunk[-1] = chunk[-1][0], chunk[-1][1] + 1
+            else:
+                chunk.append((start.ids, 1))
+        limits = _Limits(tokens, temperature, self._stops_of(stops))
+        return self._sample_chunk(chunk, limits, sampling.temper, source).pieces()
+
+    def _stops_of(self, texts: Sequence[str]) -> Stops | None:
+        key = tuple(texts)
+        if key and key not in self._stops:
+            self._stops[key] = Stops(self.policy, key)
+        return self._stops[key] if key else None
+
+    def _sample_chunk(self, chunk: Chunk, limits: _Limits, rule: TemperatureRule | None, source: Source) -> _Tape:
         device = self.policy.device
         counts = torch.tensor([n for _, n in chunk], device=device)
         logits, cache, mask = self._prefill([p for p, _ in chunk], counts)
-        tape = _Tape(len(logits), sampling.max_tokens, self.policy.pad_id, sampling.temperature, device)
+        most = int(limits.tokens.max())
+        tape = _Tape(len(logits), most, self.policy.pad_id, limits.temperature, device)
         alive = torch.arange(len(logits), device=device)  # place on the tape of each row still in the cache
         running = torch.ones_like(alive, dtype=torch.bool)
-        for step in range(sampling.max_tokens):
+        for step in range(most):
             now = source if isinstance(source, torch.Generator) else source[alive, step]
-            drawn = draw_tempered(logits, sampling.temperature, now, sampling.temper)
+            drawn = draw_tempered(logits, limits.temperature_of(alive), now, rule)
             tokens = drawn.tokens
             tape.write(alive[running], step, drawn, running)
-            ends = running & torch.isin(tokens, self._eos)
-            tape.finished[alive[ends]] = True
-            running = running & ~ends
+            running = running & ~self._ends(tape, limits, alive, running, tokens, step)
             left = int(running.sum())
-            if not left or step + 1 == sampling.max_tokens:
+            if not left or step + 1 == most:
                 break
             if len(running) - left >= EVICT_SHARE * len(running):
                 keep = running.nonzero().squeeze(1)
@@ -172,6 +270,16 @@ class TransformersEngine:
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits = self._forward(tokens[:, None], mask, cache)
         return tape
+
+    def _ends(self, tape: _Tape, limits: _Limits, alive: Tensor, running: Tensor, tokens: Tensor, step: int) -> Tensor:
+        """Which of the rows in the cache end with this token; the tape learns why."""
+        ends = running & torch.isin(tokens, self._eos)
+        tape.finished[alive[ends]] = True
+        if limits.stops is not None:
+            cut = limits.stops.met(tape.ids[alive, : step + 1], running & ~ends)
+            tape.stopped[alive[cut]] = True
+            ends = ends | cut
+        return ends | (running & (limits.tokens[alive] <= step + 1))
 
     def _prefill(self, prompts: list[Sequence[int]], counts: Tensor) -> tuple[Tensor, Any, Tensor]:
         from transformers import DynamicCache
@@ -237,8 +345,9 @@ class TransformersEngine:
         )
 
 
-def draw(logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token per row; returns token, its log-probability and the entropy, at the given temperature.
+def draw(logits_BV: Tensor, temperature: float | Tensor, source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample one token per row; returns token, its log-probability and the entropy, at the given temperature, which may
+    differ between rows ([B]).
 
     From a generator, the draw divides probabilities by independent exponentials and takes the largest: an exact
     sample, and faster than torch.multinomial on a large vocabulary. From uniform numbers [B], it inverts the
@@ -247,34 +356,50 @@ def draw(logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor
     """
     if bool(logits_BV.isnan().any()):
         raise FloatingPointError(BROKEN)
-    if temperature == 0:
+    if isinstance(temperature, Tensor):
+        greedy = temperature.eq(0)
+        log_p = torch.log_softmax(logits_BV / temperature.masked_fill(greedy, 1.0)[:, None], -1)
+    elif temperature == 0:
         zeros = torch.zeros(len(logits_BV), device=logits_BV.device)
         return logits_BV.argmax(-1), zeros, zeros
-    log_p = torch.log_softmax(logits_BV / temperature, -1)
+    else:
+        greedy = None
+        log_p = torch.log_softmax(logits_BV / temperature, -1)
     p = log_p.exp()
     tokens = _pick(p, source)
-    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1), entropy_of(p, log_p)
+    if greedy is None:
+        return tokens, log_p.gather(-1, tokens[:, None]).squeeze(-1), entropy_of(p, log_p)
+    tokens = torch.where(greedy, logits_BV.argmax(-1), tokens)
+    logprob = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, logprob.masked_fill(greedy, 0.0), entropy_of(p, log_p).masked_fill(greedy, 0.0)
 
 
 def draw_tempered(
-    logits_BV: Tensor, temperature: float, source: torch.Generator | Tensor, rule: TemperatureRule | None
+    logits_BV: Tensor, temperature: float | Tensor, source: Source, rule: TemperatureRule | None
 ) -> Drawn:
-    """`draw`, each row at its own temperature where a rule sets one from the row's entropy at `temperature`."""
-    if rule is None or temperature == 0:
+    """`draw`, each row at its own temperature where a rule sets one from the row's entropy at `temperature`.
+
+    Raises ValueError for a rule over temperatures of which some are 0 and some are not.
+    """
+    base = torch.as_tensor(temperature, dtype=torch.float32, device=logits_BV.device).expand(len(logits_BV))
+    greedy = base.eq(0)
+    if rule is None or bool(greedy.all()):
         tokens, logprob, entropy = draw(logits_BV, temperature, source)
-        return Drawn(tokens, logprob, entropy, logprob, torch.full_like(logprob, temperature))
+        return Drawn(tokens, logprob, entropy, logprob, base)
+    if bool(greedy.any()):
+        raise ValueError("a temperature rule cannot act on rows of temperature 0 beside others")
     if bool(logits_BV.isnan().any()):
         raise FloatingPointError(BROKEN)
-    log_p = torch.log_softmax(logits_BV / temperature, -1)
+    log_p = torch.log_softmax(logits_BV / base[:, None], -1)
     entropy = entropy_of(log_p.exp(), log_p)
     factor = rule.factors(entropy)
     own = torch.log_softmax(log_p / factor[:, None], -1)
     tokens = _pick(own.exp(), source)
     logprob, old = (x.gather(-1, tokens[:, None]).squeeze(-1) for x in (own, log_p))
-    return Drawn(tokens, logprob, entropy, old, temperature * factor)
+    return Drawn(tokens, logprob, entropy, old, base * factor)
 
 
-def _pick(p_BV: Tensor, source: torch.Generator | Tensor) -> Tensor:
+def _pick(p_BV: Tensor, source: Source) -> Tensor:
     if not isinstance(source, torch.Generator):
         return at_quantile(p_BV, source)
     race = torch.empty_like(p_BV).exponential_(generator=source).clamp_min(torch.finfo(p_BV.dtype).tiny)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..core.paths import Path, Piece, Start
 from ..core.rollout import Rollout
 from ..policy.load import Policy
 from .engine import Sampling, TransformersEngine
@@ -17,6 +18,14 @@ EngineName = Literal["transformers", "vllm"]
 
 class Engine(Protocol):
     """What the loop, the evaluation and methods with a `sample` hook ask of an engine."""
+
+    @property
+    def policy(self) -> Policy:
+        """What is sampled from, with its tokenizer."""
+
+    @property
+    def turns(self) -> Any:
+        """How an environment's turns are played (`rollout.episodes.Turns`); None for a plain task."""
 
     def sample(
         self,
@@ -30,6 +39,21 @@ class Engine(Protocol):
         report: Callable[[int], None] = ...,
     ) -> Rollout:
         """`group_size` responses to each prompt."""
+
+    def extend(
+        self,
+        starts: Sequence[Start],
+        sampling: Sampling,
+        generator: torch.Generator,
+        *,
+        stops: Sequence[str] = (),
+        report: Callable[[int], None] = ...,
+    ) -> list[Piece]:
+        """Continue each start, a context of any length, by one piece; a text of `stops` ends it. Of `sampling` the
+        limit on tokens is not used, every start has its own."""
+
+    def with_entropy(self, paths: Sequence[Path], rows: int = ...) -> None:
+        """Fill in the entropies of paths that lack them, `rows` paths per pass."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
         """Take up the trainer's weights, whole and by name; returns a report where the engine checks itself."""

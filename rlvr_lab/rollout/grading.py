@@ -9,7 +9,9 @@ import torch
 
 from ..core.rollout import Rollout
 from ..policy.load import Policy
+from ..tasks.agents.base import Environment
 from ..tasks.base import Task, Verdict
+from .episodes import actions_of
 
 
 def response_texts(rollout: Rollout, policy: Policy) -> list[str]:
@@ -21,20 +23,28 @@ def response_texts(rollout: Rollout, policy: Policy) -> list[str]:
 def grade(rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Policy) -> Rollout:
     """Fill `correct`, `answer` and the reward components: `correct` (0 or 1) and the verdicts' points by name.
 
+    An environment is given the texts of the turns; it judges what the policy did, not what it wrote about results.
     `prompt_id` indexes `problems`. A point that a verdict does not name is 0 for that response. Raises ValueError for a
     point that is named like another component, or that a task with `point_names` did not declare.
     """
-    texts = response_texts(rollout, policy)
-    verdicts = [
-        task.grade(problems[i], text, finished)
-        for i, text, finished in zip(rollout.prompt_id.tolist(), texts, rollout.finished.tolist(), strict=True)
-    ]
+    verdicts = _verdicts(rollout, task, problems, policy)
     correct = torch.tensor([v.correct for v in verdicts], device=rollout.response_ids.device)
     components = {**rollout.reward_components, "correct": correct.float()}
     for name in _point_names(task, verdicts, components):
         components[name] = torch.tensor([float(v.points.get(name, 0.0)) for v in verdicts], device=correct.device)
     answers = tuple(v.answer for v in verdicts)
     return rollout.with_(correct=correct, answer=answers, reward_components=components)
+
+
+def _verdicts(rollout: Rollout, task: Any, problems: Sequence[Any], policy: Policy) -> list[Verdict]:
+    ends = list(zip(rollout.prompt_id.tolist(), rollout.finished.tolist(), strict=True))
+    if isinstance(task, Environment):
+        return [
+            task.verdict(problems[i], actions_of(rollout, row, policy), finished)
+            for row, (i, finished) in enumerate(ends)
+        ]
+    texts = response_texts(rollout, policy)
+    return [task.grade(problems[i], text, finished) for (i, finished), text in zip(ends, texts, strict=True)]
 
 
 def _point_names(task: Task[Any], verdicts: Sequence[Verdict], taken: Collection[str]) -> list[str]:

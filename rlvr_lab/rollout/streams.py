@@ -17,13 +17,18 @@ Streams = Literal["step", "prompt"]
 
 
 def prompt_seeds(generator: torch.Generator, first: int, count: int) -> list[int]:
-    """Seeds of the prompts at places `first`, `first + 1`, ... of a step.
+    """Seeds of the prompts at places `first`, `first + 1`, ... of a step; see `keyed_seeds`."""
+    return keyed_seeds(generator, range(first, first + count))
 
-    One number is drawn from `generator`, on every process the same; place i mixes it with i (splitmix64), so that the
-    seeds do not depend on how many prompts stand before. The next call with the same generator gives others.
+
+def keyed_seeds(generator: torch.Generator, keys: Sequence[int]) -> list[int]:
+    """One seed for every key, which may be any number.
+
+    One number is drawn from `generator`, on every process the same; every key is mixed with it (splitmix64), so that
+    the seeds do not depend on what stands beside. The next call with the same generator gives others.
     """
     base = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return [_mix(base + 0x9E3779B97F4A7C15 * (place + 1)) for place in range(first, first + count)]
+    return [_mix(base + 0x9E3779B97F4A7C15 * (key + 1)) for key in keys]
 
 
 def _mix(x: int) -> int:

@@ -24,6 +24,7 @@ from ..core.rollout import Rollout
 from ..errors import UserError
 from ..methods.light_if import difficulty, digest
 from ..policy.load import Policy, load_policy
+from ..rollout.episodes import for_task
 from ..rollout.factory import make_engine
 from ..rollout.grading import grade
 from . import checkpoint, logs
@@ -154,13 +155,14 @@ def _sample(
     if done == total:
         return rows
     engine = make_engine(config.rollout.engine, policy, config.rollout.vllm, prompts=problems.prompts[:4])
+    playing = for_task(engine, problems.task, problems.train)
     console.begin("sampling", total, done)
     try:
         for chunk in range(done // per_chunk, -(-total // per_chunk)):
             indices = list(range(chunk * PROMPTS_AT_ONCE, min((chunk + 1) * PROMPTS_AT_ONCE, len(problems.train))))
             generator = torch_generator(config.seed, "cold start", chunk, policy.device)
             prompts = [problems.prompts[i] for i in indices]
-            rollout = engine.sample(
+            rollout = playing.sample(
                 prompts, settings.samples, sampling_of(config), generator, problem_ids=indices, report=console.advance
             )
             found = rows_of(grade(rollout, problems.task, problems.train, policy))

@@ -19,8 +19,10 @@ from ..methods.base import Pipeline
 from ..policy.forward import RAW, score
 from ..policy.load import Policy
 from ..rollout.engine import Sampling
+from ..rollout.episodes import for_task
 from ..rollout.factory import Engine
 from ..rollout.grading import grade
+from ..rollout.meter import Meter
 from .clock import Clock
 from .config import TrainConfig
 from .data import Problems
@@ -56,6 +58,7 @@ class Collector:
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.config, self.problems, self.sampler, self.engine)
+        self.meter = Meter(self.engine)
 
     def collect(self, step: int, check: bool) -> Rollout:
         """A graded rollout that is ready for advantages. `check`: fail where a method needs a field that it lacks.
@@ -97,9 +100,10 @@ class Collector:
 
     def _graded(self, step: int, attempt: int) -> Rollout:
         """One generation batch, whole, scored and rewarded."""
+        if not attempt:
+            self.meter = Meter(self.engine)
         rollout = self._gather(self._own_share(step, attempt))
-        before = self.generated["generated_tokens"] if attempt else 0.0
-        tokens = before + float(rollout.mask.sum())
+        tokens = self.world.sum_floats({"tokens": float(self.meter.tokens)})["tokens"]
         self.generated = {"generated_tokens": tokens, "generation_batches": attempt + 1.0, **self.labels.metrics()}
         self.solved = tally(rollout, self.solved if attempt else {})
         update, world = self.config.update, self.world
@@ -154,9 +158,10 @@ class Collector:
         purpose = f"rollout {attempt}" if attempt else "rollout"
         generator = torch_generator(self.config.seed, purpose, step, self.device)
         sampling = replace(sampling_of(self.config, first=share.start), temper=self.temper)
-        sample = sampler.sample if sampler else type(self.engine).sample
+        engine = for_task(self.meter, self.problems.task, self.problems.train)
+        sample = sampler.sample if sampler else type(engine).sample
         rollout: Rollout = sample(
-            self.engine,
+            engine,
             [self.problems.prompts[i] for i in own],
             settings.group_size,
             sampling,

@@ -32,6 +32,7 @@ from ..methods import Pipeline, build, compose
 from ..policy.load import pick_device
 from ..policy.shard import whole_weights
 from ..rollout.engine import Sampling
+from ..rollout.episodes import for_task
 from ..rollout.factory import Engine, make_engine
 from . import checkpoint, logs, setup
 from .bookkeeper import Bookkeeper
@@ -166,7 +167,8 @@ class Trainer:
             with self._passes():
                 self._sync(0)
                 sampling = replace(sampling_of(self.config), streams="step")  # one process draws
-                sample = lambda: self.engine.sample(prompts, 1, sampling, generator).to("cpu")  # noqa: E731
+                engine = for_task(self.engine, self.problems.task, self.problems.evaluation)
+                sample = lambda: engine.sample(prompts, 1, sampling, generator).to("cpu")  # noqa: E731
                 probe = self.world.on_main(sample).to(self.device)
         return Bookkeeper(self.policy.model, probe, rows, self.config.ledger.window)
 
@@ -307,7 +309,7 @@ class Trainer:
         self.console.begin(f"evaluating after step {step}", responses)
         rollout = self.config.rollout
         sampling = Sampling(section.temperature, rollout.max_tokens, 2 * rollout.rows, sampling_of(self.config).streams)
-        engine = DividedEngine(self.engine, self.world, self.policy.model, self.config.update.micro_batch_rows)
+        rows = self.config.update.micro_batch_rows
         self.engine.wake()
         self._sync(step)
         try:
@@ -322,7 +324,9 @@ class Trainer:
                         # the same draws before and after, so that a difference is the policy's
                         seed=derive_seed(self.config.seed, "evaluation", 0),
                         report=lambda rows: self.console.advance(rows),
-                        engine=engine,
+                        engine=DividedEngine(
+                            for_task(self.engine, task, problems), self.world, self.policy.model, rows
+                        ),
                     )
                     for name, (task, problems) in sets.items()
                 }

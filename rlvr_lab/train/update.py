@@ -20,6 +20,7 @@ from ..core.dynamics import token_covariance
 from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
+from ..core.rows import with_replayed
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
 from ..policy.forward import TokenView, passes, scored, scored_statistics, token_view
 from ..policy.shard import in_one_piece, is_sharded
@@ -175,10 +176,13 @@ class Updater:
         such minibatches out, when it left out too many in a row.
         """
         rollout, advantage = self.pipeline.credit(rollout)
+        covariance = _covariance(rollout, advantage)
+        added = self.pipeline.replay(rollout, advantage)
+        if added is not None and len(added[0]):
+            rollout, advantage = with_replayed(rollout, advantage, *added)
         totals = UpdateTotals()
         for _ in range(self.epochs):
-            order = torch.randperm(len(rollout), generator=generator, device=generator.device)
-            for rows in order.to(advantage.device).tensor_split(min(self.minibatches, len(rollout))):
+            for rows in self._deal(rollout, generator):
                 batch = rollout.rows(rows)
                 part = advantage[rows][:, : batch.response_ids.shape[1]]
                 if not bool(batch.mask.any()):
@@ -187,7 +191,20 @@ class Updater:
         if self.booking is not None:
             self.booking.classes = self.world.sum_floats(self.booking.classes)
             self.booking.methods = self.world.sum_floats(self.booking.methods)
-        return totals.over(self.world).metrics() | {"covariance": _covariance(rollout, advantage)}
+        replayed = 0 if rollout.replayed is None else int(rollout.replayed.sum())
+        return totals.over(self.world).metrics() | {"covariance": covariance, "replayed_rows": float(replayed)}
+
+    def _deal(self, rollout: Rollout, generator: torch.Generator) -> list[Tensor]:
+        """Rows of every minibatch: new and replayed responses are dealt apart, so that each has its share of both."""
+        device = rollout.response_ids.device
+        flags = rollout.replayed if rollout.replayed is not None else torch.zeros(len(rollout), dtype=torch.bool)
+        new, old = ((flags.cpu() == kind).nonzero().squeeze(1) for kind in (False, True))
+        parts = min(self.minibatches, len(new))
+        dealt = []
+        for rows in (new, old) if len(old) else (new,):
+            order = torch.randperm(len(rows), generator=generator, device=generator.device).cpu()
+            dealt.append(rows[order].to(device).tensor_split(parts))
+        return [torch.cat(some) for some in zip(*dealt, strict=True)]
 
     def _minibatch(
         self,
@@ -304,9 +321,9 @@ class Updater:
         batch = batch.with_statistics(**self._current(batch))
         batch = self.pipeline.prepare(batch, advantage, generator)
         reduction, constant = self.pipeline.reduction
-        reductions: dict[Reduction | None, Tensor] = {None: reduction_weights(batch.mask, reduction, constant)}
+        reductions: dict[Reduction | None, Tensor] = {None: _reduction(batch, reduction, constant)}
         for name in self.pipeline.regularise_reductions:
-            reductions[name] = reduction_weights(batch.mask, name, constant)
+            reductions[name] = _reduction(batch, name, constant)
         lower, upper = self.pipeline.clip(batch, advantage)
         bounds = dict(zip(CLIP_BOUNDS, (lower.detach(), upper.detach()), strict=True))
         weights = self.pipeline.weights(batch.with_statistics(**bounds), advantage)
@@ -385,6 +402,18 @@ class Updater:
         totals.ratio_max = max(totals.ratio_max, float(ratio.max()))
         # k3 estimate of KL(old || new) from samples of old, in nats per token
         totals.kl_sum += float((log_ratio.exp() - 1 - log_ratio).sum())
+
+
+def _reduction(batch: Rollout, reduction: Reduction, constant: float | None) -> Tensor:
+    """Reduction weights [B, T] over the new rows, and by themselves over the replayed ones."""
+    if batch.replayed is None:
+        return reduction_weights(batch.mask, reduction, constant)
+    weights = torch.zeros(batch.mask.shape, device=batch.mask.device)
+    for kind in (False, True):
+        rows = (batch.replayed == kind).nonzero().squeeze(1)
+        if bool(batch.mask[rows].any()):
+            weights[rows] = reduction_weights(batch.mask[rows], reduction, constant)
+    return weights
 
 
 def _covariance(rollout: Rollout, advantage: Tensor) -> float:
