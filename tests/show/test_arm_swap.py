@@ -49,9 +49,21 @@ def test_a_methods_own_controls_come_first(tmp_path: Path) -> None:
 
 
 @needs_node
+def test_arms_of_different_schedules_are_read_at_one_step(tmp_path: Path) -> None:
+    often, seldom = arm("a"), arm("b")
+    often["evaluations"] = [often["evaluations"][0] | {"step": step} for step in (0, 20, 40, 60)]
+    seldom["evaluations"] = [seldom["evaluations"][0] | {"step": step} for step in (0, 40, 80)]
+    both = json.dumps([often, seldom])
+    reads = [f"w.until({both}[{i}], {step}).step" for i, step in ((0, 60), (1, 60), (1, 80), (0, 80), (1, -1))]
+    steps, *found = node("arm_swap", [f"w.steps({both})", *reads], tmp_path)
+    assert steps == [0, 20, 40, 60, 80]
+    assert found == [60, 40, 80, 60, 0]
+
+
+@needs_node
 def test_what_is_said_about_an_evaluation(tmp_path: Path) -> None:
     cases = [arm("a"), arm("a", gap=-0.1, half=None), arm("a", gap=None, half=None, beyond=3), arm("a", distinct=None)]
-    good, falling, none, undefined = node("arm_swap", [f"w.told({json.dumps(case)}, 9)" for case in cases], tmp_path)
+    good, falling, none, undefined = node("arm_swap", [f"w.told({json.dumps(case)}, 20)" for case in cases], tmp_path)
     assert good == (
         "a after step 20: pass@1 0.400, 1.50 distinct correct answers. "
         "Against GRPO stopped at the same pass@1: +0.10 ± 0.20."

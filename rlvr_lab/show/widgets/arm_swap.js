@@ -44,9 +44,19 @@ export function rivals(arms, name) {
 
 const fixed = (value, digits) => (finite(value) ? value.toFixed(digits) : "undefined");
 
-/** What an arm has at one of its evaluations, and how far that lies from GRPO of equal pass@1. */
-export function told(arm, at) {
-  const now = arm.evaluations[Math.min(at, arm.evaluations.length - 1)];
+/** Every step at which some arm was evaluated: arms do not all keep one schedule. */
+export function steps(arms) {
+  return [...new Set(arms.flatMap((arm) => arm.evaluations.map((row) => row.step)))].sort((a, b) => a - b);
+}
+
+/** The arm's last evaluation that is not later than a step; its first where there is none. */
+export function until(arm, step) {
+  return arm.evaluations.filter((row) => row.step <= step).at(-1) ?? arm.evaluations[0];
+}
+
+/** What an arm has at its last evaluation up to a step, and how far that lies from GRPO of equal pass@1. */
+export function told(arm, step) {
+  const now = until(arm, step);
   const sign = now.gap < 0 ? "-" : "+";
   const width = finite(now.half) ? ` ± ${now.half.toFixed(2)}` : "";
   const beyond = now.beyond ? `; ${now.beyond} of ${now.seeds} seeds are beyond GRPO's reach` : "";
@@ -98,9 +108,9 @@ function render({ model, el }) {
   const options = (list) => list.map((arm) => element("option", { value: arm.name, textContent: arm.name }));
   const method = choice("method, solid");
   const rival = choice("held against, dashed");
-  const last = Math.max(...arms.filter((arm) => arm !== reference).map((arm) => arm.evaluations.length)) - 1;
-  const steps = arms.find((arm) => arm !== reference).evaluations.map((row) => row.step);
-  const knob = slider("read after step", { min: 0, max: last, step: 1, value: model.get("at") }, (at) => String(steps[at] ?? at));
+  const places = steps(arms.filter((arm) => arm !== reference));
+  const chosen = Math.max(places.findLastIndex((step) => step <= model.get("at")), 0);
+  const knob = slider("read after step", { min: 0, max: places.length - 1, step: 1, value: chosen }, (i) => String(places[i]));
   const charts = element("div", {});
   charts.style.cssText = "display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .5rem 1.5rem";
   const output = liveOutput();
@@ -109,8 +119,8 @@ function render({ model, el }) {
 
   const draw = () => {
     const pair = [named(method.select.value), named(rival.select.value)];
-    const at = Number(knob.input.value);
-    const rows = pair.map((arm) => arm.evaluations[Math.min(at, arm.evaluations.length - 1)]);
+    const at = places[Number(knob.input.value)];
+    const rows = pair.map((arm) => until(arm, at));
     const by = Object.keys(reference.curves).map((title) =>
       panel(title, [reference, ...pair].map((arm) => arm.curves[title]), rows.map((row) => [row.step, row[title]])),
     );
