@@ -71,7 +71,7 @@ def transcripts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Responses with their tokens coloured by entropy, in the order given, with what is needed to choose and to read.
 
     A row has `step`, `problem`, `response`, `correct`, `answer`, and per token `tokens`, `token_logprob` and
-    `token_entropy`; a row of an older log without `tokens` shows its text uncoloured. Rows beyond `MOST` tokens in all
+    `token_entropy`, and where an environment spoke `token_told`; a row of an older log without `tokens` shows its text uncoloured. Rows beyond `MOST` tokens in all
     are left out, and the page says so.
     """
     if not rows:
@@ -138,8 +138,9 @@ def _tokens(row: Mapping[str, Any], entropy: Sequence[float], number: int) -> st
     if not texts or len(texts) != len(entropy):
         return f'<div class="tokens">{escape(str(row.get("response", "")))}</div>'
     logprob = row.get("token_logprob") or [math.nan] * len(texts)
-    shown = zip(texts[:LONGEST], logprob, entropy, strict=False)
-    spans = "".join(_token(str(text), math.nan if p is None else float(p), h) for text, p, h in shown)
+    told = row.get("token_told") or [False] * len(texts)
+    shown = zip(texts[:LONGEST], logprob, entropy, told, strict=False)
+    spans = "".join(_token(str(text), math.nan if p is None else float(p), h, said) for text, p, h, said in shown)
     cut = f'<p class="muted">{len(texts) - LONGEST} more tokens are left out.</p>' if len(texts) > LONGEST else ""
     return (
         f'<div class="tokens" tabindex="0" role="group" aria-label="Tokens of response {number}; arrow keys move">'
@@ -147,12 +148,12 @@ def _tokens(row: Mapping[str, Any], entropy: Sequence[float], number: int) -> st
     )
 
 
-def _token(text: str, logprob: float, entropy: float) -> str:
+def _token(text: str, logprob: float, entropy: float, told: bool = False) -> str:
     name = visible(text) if text else "part of a character"
     chance = f"probability {math.exp(logprob):.3g}, log-prob {logprob:.3f} nats, " if math.isfinite(logprob) else ""
     level = f"{entropy:.3f} nats" if math.isfinite(entropy) else "not measured"
-    title = escape(f"{name.strip()}: {chance}entropy {level}")
-    kind = "t high" if entropy >= HIGH else "t"
+    title = escape(f"{name.strip()}: " + ("said by the environment" if told else f"{chance}entropy {level}"))
+    kind = "t told" if told else "t high" if entropy >= HIGH else "t"
     shown = escape(visible(text)) if text else "·"
     # a line break inside the token is drawn after its mark; otherwise the background would end in mid-air
     height = round(entropy, 3) if entropy > 0 else 0

@@ -33,7 +33,8 @@ def sample_rows(rollout: Rollout, problems: Sequence[Any], policy: Policy, count
     """Responses of a graded rollout as rows for `samples.jsonl`: `count` of them, evenly spread over the prompts.
 
     Per token: its text, its id, its log-prob when it was sampled (nats, at the sampling temperature), and the entropy
-    (nats) of the distribution it was drawn from.
+    (nats) of the distribution it was drawn from; both None for a token that an environment said, which `token_told`
+    marks where there is one.
     """
     assert rollout.correct is not None
     assert rollout.answer is not None
@@ -43,6 +44,7 @@ def sample_rows(rollout: Rollout, problems: Sequence[Any], policy: Policy, count
     for i in chosen:
         length = int(rollout.lengths[i])
         ids = rollout.response_ids[i, :length].tolist()
+        told = (~rollout.action_mask[i, :length]).tolist()
         rows.append(
             {
                 "problem": str(problems[int(rollout.prompt_id[i])]),
@@ -53,13 +55,14 @@ def sample_rows(rollout: Rollout, problems: Sequence[Any], policy: Policy, count
                 "finished": bool(rollout.finished[i]),
                 "tokens": token_texts(ids, policy.decode),
                 "token_ids": ids,
-                "token_logprob": _short(rollout.behaviour_logprob[i, :length]),
-                "token_entropy": _short(entropy[i, :length]),
+                "token_logprob": _short(rollout.behaviour_logprob[i, :length], told),
+                "token_entropy": _short(entropy[i, :length], told),
+                **({"token_told": told} if any(told) else {}),
             }
         )
     return rows
 
 
-def _short(values: torch.Tensor) -> list[float]:
+def _short(values: torch.Tensor, told: Sequence[bool]) -> list[float | None]:
     """Six significant digits: what float32 holds."""
-    return [float(f"{value:.6g}") for value in values.float().tolist()]
+    return [None if t else float(f"{value:.6g}") for value, t in zip(values.float().tolist(), told, strict=True)]

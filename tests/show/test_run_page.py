@@ -84,6 +84,14 @@ def test_pages_parse_and_name_nothing_outside(text: str) -> None:
     assert len(ids) == len(set(ids))
 
 
+def test_what_an_environment_said_has_no_entropy_and_says_so() -> None:
+    row = sample_row(3, token_logprob=[0.0, None, -0.5], token_entropy=[0.0, None, 0.25],
+                     token_told=[False, True, False])  # fmt: skip
+    marked = [a for a in Page(samples_page([row], "run")).all("span") if "title" in a]
+    assert [a["class"] for a in marked] == ["t", "t told", "t"]
+    assert marked[1]["title"] == "+: said by the environment"
+
+
 def test_a_token_tells_its_text_probability_and_entropy() -> None:
     parsed = Page(samples_page([sample_row(3)], "run"))
     titles = [a["title"] for a in parsed.all("span") if "title" in a]
