@@ -71,7 +71,8 @@ def transcripts(rows: Sequence[Mapping[str, Any]]) -> str:
     """Responses with their tokens coloured by entropy, in the order given, with what is needed to choose and to read.
 
     A row has `step`, `problem`, `response`, `correct`, `answer`, and per token `tokens`, `token_logprob` and
-    `token_entropy`, and where an environment spoke `token_told`; a row of an older log without `tokens` shows its text uncoloured. Rows beyond `MOST` tokens in all
+    `token_entropy`, and where an environment spoke `token_told`; a row of an older log without `tokens` shows its text
+    uncoloured. Rows beyond `MOST` tokens in all
     are left out, and the page says so.
     """
     if not rows:

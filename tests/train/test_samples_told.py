@@ -10,7 +10,8 @@ from rlvr_lab.train.samples import sample_rows
 
 
 def test_told_tokens_are_marked_and_bare(tiny_s: Policy) -> None:
-    rollout = sampled_rollout(tiny_s)
+    graded = {"correct": torch.ones(16, dtype=torch.bool), "answer": (None,) * 16}
+    rollout = sampled_rollout(tiny_s).with_(**graded)
     plain = sample_rows(rollout, list(range(100)), tiny_s, 2)[0]
     assert "token_told" not in plain
     action = rollout.action_mask.clone()
