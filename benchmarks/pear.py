@@ -27,6 +27,7 @@ ARMS = {
     "shuffled": "methods={grpo: {preset: tiny}, pear: {penalty: shuffled}}",
     "no_std": "methods={grpo: {preset: tiny}, dr_grpo: {max_length: 96}, pear: {}}",
 }
+MODULES = ("methods.grpo", "methods.dr_grpo", "methods.pear")
 COLUMNS = ("accuracy", "token_entropy", "mean_tokens", "truncated", "pear.thinking_entropy",
            "pear.answer_phase_entropy", "pear.thinking_tokens", "pear.penalty", "pear.all_correct_share")  # fmt: skip
 KEPT = ("pass@1", "pass@8", "distinct_correct", "token_entropy", "mean_tokens")
@@ -64,7 +65,7 @@ def main(
 ) -> None:
     """Run arms; see the head of this file."""
     chosen = chosen_arms(arms, ARMS)
-    record = opened(out, {"arms": {}}, "pear.py", "grpo/tiny_retries", SETTINGS, steps)
+    record = opened(out, {"arms": {}}, "pear.py", "grpo/tiny_retries", SETTINGS, steps, MODULES)
     for seed in range(seeds):
         record_arms(record, ARMS, chosen, seed, out, lambda arm, seed: one_run(arm, seed, steps))
 

@@ -1,10 +1,12 @@
-"""What the recorders of this folder share: rounded figures, and runs by arm and seed that go on where they stopped."""
+"""What the recorders of this folder share: rounded figures, runs by arm and seed that go on where they stopped, and
+digests of the modules that made them, so that a test can tell when these change."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,38 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.4g}") if value is not None and value == value else None
 
 
-def opened(out: Path, empty: Mapping[str, Any], script: str, recipe: str, settings: Sequence[str], steps: int) -> Any:
-    """The results so far, with the provenance of this run."""
+def module_digests(modules: Iterable[str]) -> dict[str, str]:
+    """`rlvr_lab.arena.digests.code_digest` of each module, named below `rlvr_lab`; "" for one that is gone."""
+    from rlvr_lab.arena.digests import code_digest
+
+    found = {}
+    for name in modules:
+        spec = find_spec(f"rlvr_lab.{name}")
+        origin = spec.origin if spec else None
+        found[name] = code_digest(Path(origin).read_text(encoding="utf-8")) if origin else ""
+    return found
+
+
+def checked_digests(recorded: Mapping[str, str], modules: Iterable[str], out: Path) -> dict[str, str]:
+    """Digests of the modules as they are. Raises typer.BadParameter where some of `out` come from other code."""
+    now = module_digests(modules)
+    if changed := [name for name, digest in now.items() if recorded.get(name, digest) != digest]:
+        raise typer.BadParameter(
+            f"{out} was recorded with another {', '.join(changed)}; choose another --out, or move it"
+        )
+    return now
+
+
+def opened(
+    out: Path, empty: Mapping[str, Any], script: str, recipe: str, settings: Sequence[str], steps: int,
+    modules: Sequence[str] = (),
+) -> Any:  # fmt: skip
+    """The results so far, with the provenance of this run and digests of `modules`."""
     from rlvr_lab.train.loop import machine
 
     record: dict[str, Any] = json.loads(out.read_text()) if out.exists() else dict(empty)
+    if digests := checked_digests(record.get("digests", {}), modules, out):
+        record["digests"] = digests
     return record | {
         "command": f"python benchmarks/{script}",
         "recipe": recipe,

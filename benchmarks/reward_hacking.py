@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import checked_digests
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "book" / "data" / "verifiers.json"
@@ -22,6 +23,7 @@ RECIPE = "arena/tiny"
 SETTINGS = ("optimizer.lr=6e-4", "evaluation.problems=0", "logging.tensorboard=false", "logging.samples=0",
             "ledger.rows=0")  # fmt: skip
 ARMS = ("at_least", "exact")
+MODULES = ("methods.grpo", "tasks.countdown", "tasks.expressions")
 
 
 class Audited:
@@ -90,6 +92,7 @@ def main(
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine() | {"threads": 1},
     }
+    entry["digests"] = checked_digests(entry.get("digests", {}), MODULES, out)
     for seed in range(seeds):
         for arm in ARMS:
             if str(seed) in entry["arms"][arm]:

@@ -4,8 +4,9 @@
 
 Base R attempts a problem up to five times; an attempt that ends in `no` and is tried again is a wrong thought of what
 may become a right response. Arms differ in advantage and labels alone; seeds, problems and the number of responses are
-matched. After the last step, responses to held-out problems are judged by the exact rules, whatever the arm trained on.
-Results go to `book/data/tp_grpo.json`.
+matched. `blocks_of_5` and `blocks_of_20` collect and judge the rollouts of so many steps before they train on them, as
+the paper does with 50. After the last step, responses to held-out problems are judged by the exact rules, whatever the
+arm trained on. Results go to `book/data/tp_grpo.json`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ ARMS = {
     "constant_scale": [TP % ", adaptive: false"],
     "oracle_70": [TP % "", "data.judge.accuracy=0.7"],
     "step_level": [TP % ", level: step, adaptive: false"],
+    "blocks_of_5": [TP % "", "rollout.prompts=40", "update.minibatches=20", "optimizer.warmup=0"],
+    "blocks_of_20": [TP % "", "rollout.prompts=160", "update.minibatches=80", "optimizer.warmup=0"],
 }
+BLOCKS = {"blocks_of_5": 5, "blocks_of_20": 20}
+MODULES = ("methods.grpo", "methods.tp_grpo", "tasks.thoughts")
 COLUMNS = ("accuracy", "token_entropy", "mean_tokens", "tokens")
 
 
@@ -42,6 +47,7 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     from rlvr_lab.train.config import load_config
     from rlvr_lab.train.loop import Trainer
 
+    steps //= BLOCKS.get(arm, 1)
     settings = [f"seed={seed}", f"steps={max(steps, 1)}", *SETTINGS, *ARMS[arm]]
     with tempfile.TemporaryDirectory(prefix=f"tp_grpo_{arm}_{seed}_") as folder:
         trainer = Trainer(load_config("grpo/tiny_retries", settings), Path(folder) / "run")
@@ -86,7 +92,7 @@ def main(
 ) -> None:
     """Run arms; see the head of this file."""
     chosen = chosen_arms(arms, ARMS)
-    record = opened(out, {"base": {}, "arms": {}}, "tp_grpo.py", "grpo/tiny_retries", SETTINGS, steps)
+    record = opened(out, {"base": {}, "arms": {}}, "tp_grpo.py", "grpo/tiny_retries", SETTINGS, steps, MODULES)
     for seed in range(seeds):
         if str(seed) not in record["base"]:
             record["base"][str(seed)] = one_run("grpo", seed, 0)["end"]

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from recording import module_digests
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "verifiers.json"
 BOOK = ROOT / "book" / "data" / "verifiers.json"
+MODULES = ("tasks.math_answer", "tasks.sympy_child")
 DATA = Path(os.environ.get("RLVR_LAB_DATA", ROOT.parent / "shared" / "data"))
 HOSTILE = {
     "9**9**9**9": "9**9**9**9",
@@ -291,7 +293,7 @@ def main(
         out.write_text(json.dumps(record, indent=1) + "\n")
         if name == "real_answers" and record[name] is not None:
             chapter = json.loads(book.read_text()) if book.exists() else {}
-            chapter["real_answers"] = {**head, "files": record[name]}
+            chapter["real_answers"] = {**head, "digests": module_digests(MODULES), "files": record[name]}
             book.write_text(json.dumps(chapter, separators=(",", ":")) + "\n")
 
 

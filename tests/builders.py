@@ -102,7 +102,8 @@ def ready_rollout(model: Any, rollout: Rollout, pipeline: Pipeline) -> Rollout:
     # answers of one cluster are neighbours, and one response in five has none
     clusters = torch.where(torch.arange(len(rollout)) % 5 == 4, -1, torch.arange(len(rollout)) // 2 % 3)
     ready = (
-        rollout.with_(
+        (rollout if rollout.parent_id is not None else as_tree(rollout))
+        .with_(
             old_logprob=moved.masked_fill(outside, 0.0),
             correct=right,
             policy_temperature=1.0,
@@ -114,6 +115,21 @@ def ready_rollout(model: Any, rollout: Rollout, pipeline: Pipeline) -> Rollout:
     )
     pipeline.check(ready)
     return pipeline.filter(ready)
+
+
+def as_tree(rollout: Rollout) -> Rollout:
+    """The record of a tree: every second response of a group, in order, is a branch of the one before, from which it
+    took two tokens, or all but one of its own."""
+    same = rollout.group_id[:, None].eq(rollout.group_id)
+    number = same.tril(-1).sum(1)
+    branch = number % 2 == 1
+    kept = torch.where(branch, (rollout.lengths - 1).clamp(0, 2), 0)
+    return rollout.with_(
+        path_id=number,
+        parent_id=torch.where(branch, number - 1, -1),
+        prefix_length=kept,
+        branch_position=torch.where(branch, kept, -1),
+    )
 
 
 def step_labels(rollout: Rollout, right: torch.Tensor) -> dict[str, torch.Tensor]:

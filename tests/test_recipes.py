@@ -30,7 +30,7 @@ def test_a_method_has_a_full_scale_recipe(entry: Entry) -> None:
     assert entry.slug in config.methods
     assert config.model.path in published(), "the planner must count its model without a network"
     assert config.rollout.max_tokens >= 1024
-    assert config.rollout.prompts * config.rollout.group_size >= 512
+    assert config.rollout.prompts * config.rollout.group_size >= 480
     assert entry.arxiv in text(entry.recipe)
 
 

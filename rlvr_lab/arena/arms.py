@@ -57,6 +57,13 @@ def _control(name: str, of: str, slug: str, settings: str, note: str) -> Arm:
     return Arm(name, _settings(slug, settings), "control", slug, of, note)
 
 
+def _sized(name: str, slug: str, settings: str, group_size: int, note: str, of: str = "") -> Arm:
+    """A method whose tree fixes the size of a group; a control where `of` names an arm. Contests are at equal steps,
+    whose generated tokens differ: `benchmarks/tree_methods.py` compares at equal tokens."""
+    own = (*_settings(slug, settings), f"rollout.group_size={group_size}")
+    return Arm(name, own, "control" if of else "method", slug, of, note)
+
+
 def _settings(slug: str, settings: str) -> tuple[str, ...]:
     """The method's own settings, and what it needs of the loop."""
     method = build(slug, yaml.safe_load(f"{{{settings}}}"))
@@ -64,6 +71,8 @@ def _settings(slug: str, settings: str) -> tuple[str, ...]:
     return (f"methods.{slug}={{{settings}}}", *(("update.recompute_old_logprob=true",) if rescored else ()))
 
 
+_SPEAR = "preset: tiny, length: 32, warmup: 24, decay: 24"
+"""Both curricula over 30 % of a contest of 80 steps."""
 _CATALOGUE = (
     Arm(REFERENCE, (), "reference", REFERENCE, "", "the reference; stopped early, it is the first control of all"),
     _method("clip_higher", "clip_higher", "preset: paper", "upper clip 0.28"),
@@ -147,6 +156,27 @@ _CATALOGUE = (
     _control("empg_centred", "empg", "empg", "preset: tiny, k: 0.0, zeta: 0.0", "GRPO's advantage, centred over steps"),
     _method("empg_scale_only", "empg", "preset: tiny, zeta: 0.0", "no bonus for a certain next step"),
     _method("empg_bonus_only", "empg", "preset: tiny, k: 0.0", "every step at its own size"),
+    _sized("cure", "cure", "preset: tiny", 16, "4 responses from the question, 3 from inside each"),
+    _sized("cure_random", "cure", "preset: tiny, critical_token_type: random", 16, "cut anywhere", "cure"),
+    _sized("cure_stage2", "cure", "preset: stage2", 16, "16 from the question: what stage 1 branches beside", "cure"),
+    _sized("cure_by_start", "cure", "preset: tiny, group_by_start_state: true", 16, "a baseline for each start"),
+    _sized("ettrl", "ettrl", "preset: tiny", 15, "no labels: majority of 15 leaves of 3 trees"),
+    _sized("ettrl_random_forks", "ettrl", "preset: tiny, order: random", 15, "forks anywhere", "ettrl"),
+    _sized("ettrl_random_label", "ettrl", "preset: tiny, label: random", 15, "a fair coin for every leaf", "ettrl"),
+    _sized("ttrl", "ettrl", "preset: tiny, forks: 0", 16, "majority of 16 independent responses", "ettrl"),
+    _sized("ettrl_adv_res", "ettrl", "preset: tiny, forks: 0, shape: res", 16, "16 votes, advantage by confidence"),
+    _sized("ettrl_adv_res_shuffled", "ettrl", "preset: tiny, forks: 0, shape: res, shuffled: true", 16,
+           "its weights on other responses of the prompt", "ettrl_adv_res"),
+    _sized("ettrl_adv_clip", "ettrl", "preset: tiny, forks: 0, shape: clip", 16, "16 votes, advantage within 2"),
+    _method("spear", "spear", _SPEAR, "own successes replayed, a covariance clip; no tool to call in Countdown"),
+    _control("dr_bot", "spear", "spear", f"{_SPEAR}, schedule: never, tool_reward: none, ratio: 0.0",
+             "its baseline: no std, groups that vary most, no cut responses"),
+    _control("spear_gamma_one", "spear", "spear", _SPEAR.replace("warmup: 24", "warmup: 0"),
+             "replay at full weight from the start"),
+    _control("spear_no_clip", "spear", "spear", f"{_SPEAR}, ratio: 0.0, replay_ratio: 0.0", "no covariance clip"),
+    _control("spear_sil", "spear", "spear", _SPEAR.replace("warmup: 24", "warmup: 0")
+             + ", tool_reward: none, ratio: 0.0, replay_ratio: 0.0, weight_decay: 1.0",
+             "plain self-imitation on dr_bot: advantages as stored, at full weight from the start"),
 )  # fmt: skip
 CATALOGUE: dict[str, Arm] = {arm.name: arm for arm in _CATALOGUE}
 

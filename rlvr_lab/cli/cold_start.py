@@ -26,6 +26,8 @@ def cold_start(
     samples: Annotated[int, typer.Option(help="Responses to every prompt.")] = 8,
     per_prompt: Annotated[int, typer.Option(help="Correct responses to keep of a prompt.")] = 2,
     least_tokens: Annotated[int, typer.Option(help="Shorter responses are not kept.")] = 0,
+    lengths: Annotated[str, typer.Option(help="any, or adaptive: long for hard prompts, short for easy.")] = "any",
+    tolerance: Annotated[float, typer.Option(help="How far from the target length, as a share of it.")] = 0.25,
     weight: Annotated[float, typer.Option(help="Weight of the entropy in the choice of tokens.")] = 0.8,
     ratio: Annotated[float, typer.Option(help="Share of the tokens that is learned.")] = 0.8,
     epochs: Annotated[int, typer.Option(help="Passes over the kept responses.")] = 3,
@@ -40,6 +42,10 @@ def cold_start(
         rlvr-lab cold-start light_if/tiny --lr 3e-4 --out warm
 
         rlvr-lab train light_if/tiny model.path=warm/model methods.light_if.split=warm/difficulty.json -o runs/if
+
+    With `--lengths adaptive` right responses are kept whose length fits the prompt's difficulty, easy prompts included:
+
+        rlvr-lab cold-start ares/tiny --lengths adaptive --objective plain --lr 3e-4 --out warm
 
     Interrupted, it goes on when the command is repeated.
     """
@@ -56,7 +62,7 @@ def cold_start(
         recipe = next((w for w in words[:1] if "=" not in w), None)
         overrides = words[1:] if recipe else words
         config = load_config(recipe or "light_if/tiny", [*([f"model.path={model}"] if model else []), *overrides])
-        settings = ColdStart(samples, per_prompt, least_tokens)
+        settings = ColdStart(samples, per_prompt, least_tokens, lengths, tolerance)  # type: ignore[arg-type]
         sft = SFTSettings(objective, weight, ratio, epochs, batch, rows, lr, seed=config.seed)  # type: ignore[arg-type]
         summary = run(config, out, settings, sft, for_terminal(config.logging.view))
         last = summary["epochs"][-1]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..policy.load import Policy
 
 ENGINES = ("transformers", "vllm")
+OWN, LONGEST = "countdown", {"maze": 200}
+"""The task that is measured where nothing is named, and the tasks whose episodes need more than 96 tokens."""
 
 _Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Same as --model.", show_default=False)]
 _ModelOption = Annotated[
@@ -33,6 +35,11 @@ _Data = Annotated[
 _Problems = Annotated[int | None, typer.Option(help="The first so many; a benchmark's all, else 96.", min=1)]
 
 
+_Task = Annotated[
+    str | None, typer.Option("--task", help="Held-out problems of countdown, instructions, triples, maze or feedback.")
+]
+
+
 @dataclass(frozen=True)
 class _Request:
     """What the command line asks for; None stands for a default that depends on the rest."""
@@ -41,6 +48,7 @@ class _Request:
     benchmarks: tuple[str, ...]
     files: dict[str, Path]
     data: Path | None
+    task: str
     problems: int | None
     samples: int
     ks: tuple[int, ...]
@@ -61,6 +69,7 @@ def evaluate(
     model: _ModelOption = None,
     benchmarks: _Benchmarks = None,
     data: _Data = None,
+    task: _Task = None,
     problems: _Problems = None,
     samples: Annotated[int, typer.Option(help="Responses per problem; pass@k needs at least k.", min=1)] = 64,
     k: Annotated[str | None, typer.Option(help="The k of pass@k and maj@k, with commas; powers of two.")] = None,
@@ -83,6 +92,8 @@ def evaluate(
 
         rlvr-lab evaluate tiny/S --temperature 0.3
 
+        rlvr-lab evaluate tiny/A --task maze --samples 16
+
         rlvr-lab evaluate path/to/model --benchmarks math500,aime24 --samples 32 --out runs/eval
 
         rlvr-lab evaluate path/to/model --benchmarks math500,aime24 --samples 32 --out runs/eval --resume
@@ -96,7 +107,7 @@ def evaluate(
     """
     with user_errors():
         request = _request(
-            model or model_, benchmarks, data, problems, samples, k, temperature, max_tokens, rows,
+            model or model_, benchmarks, data, task, problems, samples, k, temperature, max_tokens, rows,
             seed=seed, device=device, dtype=dtype, engine=engine, template=template, max_bad_rows=max_bad_rows,
             texts=texts,
         )  # fmt: skip
@@ -111,6 +122,7 @@ def _request(
     model: str | None,
     benchmarks: str | None,
     data: Sequence[str] | None,
+    task: str | None,
     problems: int | None,
     samples: int,
     k: str | None,
@@ -128,10 +140,12 @@ def _request(
     names = _names(benchmarks, files)
     if names and file:
         raise UserError(f"with --benchmarks, --data is NAME=FILE: {names[0]}={file}, or leave --benchmarks out")
-    longest = max_tokens or (3072 if names else 512 if file else 96)
+    if task and (names or file):
+        raise UserError("--task has problems of its own: leave --data and --benchmarks out")
+    longest = max_tokens or (3072 if names else 512 if file else LONGEST.get(task or OWN, 96))
     in_flight = rows or (64 if names or file else 512)
     count = problems or (None if names else 96)
-    return _Request(model, names, files, file, count, samples, ks, temperature, longest, in_flight, **rest)
+    return _Request(model, names, files, file, task or OWN, count, samples, ks, temperature, longest, in_flight, **rest)
 
 
 def _ks(text: str | None, samples: int) -> tuple[int, ...]:
@@ -269,15 +283,14 @@ def _jobs(request: _Request, policy: Policy, say: Callable[[str], None]) -> list
 
 
 def _own_job(request: _Request, policy: Policy, say: Callable[[str], None]) -> Job:
-    """Countdown's held-out problems, or those of a file."""
-    from ..tasks import countdown
+    """Held-out problems of a task that makes its own, or those of a file."""
     from ..tasks.jsonl import load_jsonl
-    from ..tasks.registry import CountdownTask, MathTask
+    from ..tasks.registry import MathTask
 
     count = request.problems or 96
     if request.data is None:
-        held_out = list(countdown.problems(count, 0, evaluation=True))
-        return _job("countdown", CountdownTask(), held_out, "held-out problems of Countdown", 0, request, policy, say)
+        made, held_out = _made(request.task, count, policy)
+        return _job(request.task, made, held_out, f"held-out problems of {request.task}", 0, request, policy, say)
     skipped: list[str] = []
 
     def tell(line: str) -> None:
@@ -289,6 +302,26 @@ def _own_job(request: _Request, policy: Policy, say: Callable[[str], None]) -> J
     )
     task = MathTask(template=request.template) if request.template else MathTask()
     return _job(request.data.stem, task, found, str(request.data), len(skipped), request, policy, say)
+
+
+def _made(name: str, count: int, policy: Policy) -> tuple[Any, list[Any]]:
+    """A task that makes its problems, and held-out ones; refused where the policy knows other words.
+
+    Raises UserError for a task with a file, and for a small vocabulary that is not the task's.
+    """
+    from ..tasks.agents import words
+    from ..tasks.countdown import VOCABULARY
+    from ..tasks.registry import entry, task
+
+    if entry(name).file is not None:
+        raise UserError(f"--task {name} has no problems of its own; name a file with --data")
+    own = VOCABULARY if name in ("countdown", "instructions") else words.VOCABULARY
+    known = set(policy.tokenizer.get_vocab())
+    if len(known) <= max(len(VOCABULARY), len(words.VOCABULARY)) and not known.issuperset(own):
+        hint = "--task triples, maze or feedback" if known.issuperset(words.VOCABULARY) else "--model tiny/A"
+        raise UserError(f"the words of '{policy.source}' are not those of task '{name}'; try {hint}")
+    made = task(name)
+    return made, entry(name).problems(made, count, 0, evaluation=True)
 
 
 def _job(

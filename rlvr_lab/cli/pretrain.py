@@ -12,7 +12,9 @@ from ._common import user_errors
 
 
 def pretrain(
-    base: Annotated[str, typer.Option(help="S: one attempt. R: up to five. I: rows of digits under rules.")] = "S",
+    base: Annotated[
+        str, typer.Option(help="S: one attempt. R: up to five. I: rows of digits under rules. A: environments.")
+    ] = "S",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the new base policy.")] = None,
     shape: Annotated[str, typer.Option(help="Size of the network: `tiny` as shipped, `28m` or `92m`.")] = "tiny",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -31,10 +33,12 @@ def pretrain(
 
         rlvr-lab pretrain --base I --out bases/I
 
+        rlvr-lab pretrain --base A --out bases/A
+
         rlvr-lab pretrain --shape 28m --device cuda --batch 256 --steps 1500 --out bases/S-28m
 
-    About an hour on one core for the shipped settings, five minutes for base I. Interrupted runs go on when the command
-    is repeated.
+    About an hour on one core for the shipped settings, five to ten minutes for bases I and A. Interrupted runs go on
+    when the command is repeated.
     """
     with user_errors():
         import torch
@@ -64,5 +68,6 @@ def pretrain(
             run(config, out, lambda step, loss, factor: console.advance(1), device)
         finally:
             console.end()
-        measure = f"rlvr-lab train light_if/tiny --model {out}" if base == "I" else f"rlvr-lab evaluate --model {out}"
+        recipe = {"I": "light_if/tiny", "A": "grpo/triples_tiny"}.get(base)
+        measure = f"rlvr-lab train {recipe} --model {out}" if recipe else f"rlvr-lab evaluate --model {out}"
         typer.echo(f"written to {out}; measure it with: {measure}")

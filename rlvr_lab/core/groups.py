@@ -1,4 +1,4 @@
-"""Which groups a batch keeps, and what a response's length costs (DAPO, arXiv 2503.14476)."""
+"""Which groups a batch keeps (DAPO, arXiv 2503.14476; SPEAR, 2509.22601), and what a response's length costs (DAPO)."""
 
 from __future__ import annotations
 
@@ -37,3 +37,24 @@ def overlong_reward(
     lengths = lengths_B if lengths_B.is_floating_point() else lengths_B.to(torch.get_default_dtype())
     share = ((lengths - (max_length - buffer)) / buffer).clamp_min(0.0)
     return -factor * (share.clamp_max(1.0) if floor else share)
+
+
+def group_moments(reward_B: Tensor, group_id_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and sample standard deviation [G] of each group's rewards, and the group of every row [B]; groups in the
+    order of their ids. A group of one has standard deviation 0."""
+    sums, sizes, index = group_sums(reward_B, group_id_B)
+    mean = sums / sizes
+    spread = (group_sums((reward_B - mean).square(), group_id_B)[0] / (sizes - 1).clamp_min(1)).sqrt()
+    # one value per group: all rows of a group carry the same
+    groups = int(index.max()) + 1 if len(index) else 0
+    by_group = torch.zeros(2, groups, dtype=reward_B.dtype, device=reward_B.device)
+    by_group[:, index] = torch.stack([mean, spread])
+    return by_group[0], by_group[1], index
+
+
+def varied_groups(reward_B: Tensor, group_id_B: Tensor, share: float) -> Tensor:
+    """True [B] on the rows of the floor(share N) groups, at least one, whose rewards vary most; of equals the first."""
+    _, spread, index = group_moments(reward_B, group_id_B)
+    kept = torch.zeros_like(spread, dtype=torch.bool)
+    kept[spread.nan_to_num(-1.0).argsort(descending=True, stable=True)[: max(int(share * len(spread)), 1)]] = True
+    return kept[index]

@@ -25,8 +25,9 @@ from ..core.rollout import Rollout
 from ..errors import UserError
 from ..policy.load import Policy
 from ..rollout.engine import Sampling
+from ..rollout.episodes import for_task
 from ..rollout.factory import Engine
-from ..rollout.grading import grade, response_texts
+from ..rollout.grading import grade, response_texts, verdicts_of
 from ..tasks.base import Task, Verdict
 from .evaluation import ProblemResult, problem_result
 
@@ -210,7 +211,7 @@ def run_job(
 ) -> list[ProblemResult]:
     """Sample and grade a set of problems; lines go to `path` batch by batch, and those that are there are kept.
 
-    `report(rows)` is called as responses are completed, first with those that were there.
+    An environment is played. `report(rows)` is called as responses are completed, first with those that were there.
     """
     rows = kept_rows(path, job, settings)
     if rows:
@@ -218,14 +219,15 @@ def run_job(
     results = [_result(row) for row in rows]
     for start in range(len(rows), len(job.problems), settings.batch):
         batch = job.problems[start : start + settings.batch]
-        rollout = engine.sample(
+        rollout = for_task(engine, job.task, batch).sample(
             job.prompts[start : start + settings.batch],
             settings.samples,
             Sampling(settings.temperature, settings.max_tokens, settings.rows, streams="prompt", first=start),
             torch.Generator().manual_seed(_seed(settings.seed, job.name)),
             report=report,
         )
-        rollout, verdicts = _graded(rollout, job.task, batch, policy)
+        verdicts = verdicts_of(rollout, job.task, batch, policy)
+        rollout = grade(rollout, job.task, batch, policy, verdicts)
         new = [_row(rollout, verdicts, i, start, job, settings, policy) for i in range(len(batch))]
         results += [_result(row) for row in new]
         if path is not None:
@@ -243,31 +245,6 @@ def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         stream.write(text.encode("utf-8", "replace"))
         stream.flush()
         os.fsync(stream.fileno())
-
-
-class _Remembering:
-    """A task that keeps its verdicts, because a rollout does not keep their reasons."""
-
-    def __init__(self, task: Task[Any]) -> None:
-        self.task, self.verdicts = task, list[Verdict]()
-        self.name = task.name
-
-    def prompt_ids(self, problem: Any, tokenizer: Any) -> list[int]:
-        return self.task.prompt_ids(problem, tokenizer)
-
-    def grade(self, problem: Any, response_text: str, finished: bool) -> Verdict:
-        self.verdicts.append(self.task.grade(problem, response_text, finished))
-        return self.verdicts[-1]
-
-    def read(self, response_text: str, finished: bool) -> str | None:
-        return self.task.read(response_text, finished)
-
-
-def _graded(
-    rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Policy
-) -> tuple[Rollout, list[Verdict]]:
-    remembering = _Remembering(task)
-    return grade(rollout, remembering, problems, policy), remembering.verdicts
 
 
 def _row(

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..methods import build, compose
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, Method, Pipeline
 from ..policy.forward import TokenView
+from ..tasks.registry import TASKS
 from ..train.metrics import rollout_metrics
 from ..train.parallel import World
 from ..train.update import Minibatch, Updater, UpdateTotals
@@ -32,6 +33,7 @@ Methods = Mapping[str, Mapping[str, Any] | None] | Sequence[Method | str | Mappi
 NOT_IN_TRL = {
     "select": "it chooses problems, and TRL's sampler deals the dataset",
     "sample": "it samples in its own way, and TRL generates",
+    "replay": "it learns from responses of earlier steps, and TRL trains on those it has just generated",
     "temper": "it sets the temperature of every token while sampling, and TRL generates at one",
     "read_logits": "TRL's forward pass does not keep the whole distribution of a token",
     "read_old_logits": "TRL's forward pass does not keep the whole distribution of a token",
@@ -61,7 +63,8 @@ def pipeline_of(methods: Methods) -> Pipeline:
 def unsupported(pipeline: Pipeline) -> str | None:
     """Why TRL cannot carry a composition, with the method and the reason; None where it can.
 
-    Of the registered methods it cannot carry `arbitrary_entropy`, `empo`, `lp_reg`, `siren`, `tp_grpo` and `ucas`, and
+    Of the registered methods it cannot carry `agentic_aepo`, `arbitrary_entropy`, `empo`, `ettrl`, `lp_reg`, `siren`,
+    `spear`, `tp_grpo` and `ucas`; `ares` only where it counts no trigger words, `cure` only in its second stage (n2 0),
     `hapo` only with tau 0.
     """
     for method in pipeline.methods:
@@ -73,6 +76,15 @@ def unsupported(pipeline: Pipeline) -> str | None:
             if field not in CARRIED:
                 return f"TRL cannot carry '{method.slug}': it needs '{field}', which TRL's generation batch lacks"
     return None
+
+
+def refuse_turns(task: str, engine: str) -> None:
+    """Raise UserError for a task (`data.task`) that is an environment, which the `engine` named cannot play."""
+    if hasattr(TASKS[task].load_class(), "step"):
+        raise UserError(
+            f"data.task '{task}' is an environment that answers turn by turn, and what we give {engine} samples one "
+            "answer to each prompt; train it with rlvr-lab train"
+        )
 
 
 # -- rollout to micro-batches -----------------------------------------------------------------------------------

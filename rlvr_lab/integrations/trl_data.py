@@ -11,6 +11,7 @@ from ..policy.load import Policy
 from ..tasks.base import Task
 from ..train.config import TrainConfig
 from ..train.data import Problems, load_problems
+from .exchange import refuse_turns
 
 
 class TaskReward:
@@ -57,10 +58,11 @@ def training_data(config: TrainConfig, policy: Policy) -> tuple[Any, list[TaskRe
     """The recipe's problems as a dataset with the columns `prompt` (token ids) and `problem_id`, and their rewards:
     `correct`, and `points` where the task gives partial credits.
 
-    Raises UserError as `load_problems` does.
+    Raises UserError as `load_problems` does, and for an environment.
     """
     from datasets import Dataset
 
+    refuse_turns(config.data.task, "TRL")
     problems: Problems = load_problems(config, policy, print)
     columns = {"prompt": problems.prompts, "problem_id": list(range(len(problems.train)))}
     correct = TaskReward(problems.task, problems.train, policy)

@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import UserError
 from ..train.config import TrainConfig
-from .exchange import pipeline_of, unsupported
+from .exchange import pipeline_of, refuse_turns, unsupported
 
 SCRIPT = Template('''\
 """Written by `rlvr-lab export --engine trl`: $title in TRL. Run launch.sh, or: python train_trl.py"""
@@ -83,11 +83,12 @@ exec accelerate launch --num_processes "$${PROCESSES:-1}" --num_machines 1 --dyn
 def export(config: TrainConfig, out: Path) -> list[Path]:
     """Write script, recipe and launcher into `out`, a new or empty folder; returns their paths.
 
-    Raises UserError for a composition that TRL cannot carry, for minibatches that are not equal, and for a folder in
-    use.
+    Raises UserError for a composition or an environment that TRL cannot carry, for minibatches that are not equal, and
+    for a folder in use.
     """
     if reason := unsupported(pipeline_of(config.methods)):
         raise UserError(reason)
+    refuse_turns(config.data.task, "TRL")
     config = _with_whole_paths(config)
     files = {
         "train_trl.py": _script(config),

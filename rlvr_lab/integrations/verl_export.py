@@ -23,6 +23,7 @@ import yaml
 from ..errors import UserError
 from ..methods.base import Pipeline
 from ..train.config import TrainConfig
+from .exchange import refuse_turns
 from .verl_support import VERSION, Tier, obstacles, pipeline_of, reduction_mode, require_tier
 
 PROMPT_TOKENS = 2048
@@ -47,7 +48,7 @@ def export(config: TrainConfig, out: Path) -> list[Path]:
     """Write configuration, recipe and launch files into `out`, a new or empty folder; returns their paths.
 
     Raises UserError for what verl cannot do: another task than `math`, minibatches that are not whole prompts, a linear
-    learning-rate schedule, methods that choose problems or sample; and for a folder in use.
+    learning-rate schedule, methods that choose problems, sample or replay; and for a folder in use.
     """
     tier = tier_of(config)
     tree = hydra_tree(config, out)
@@ -140,6 +141,7 @@ def hydra_tree(config: TrainConfig, out: Path) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig) -> None:
+    refuse_turns(config.data.task, "verl")
     if config.data.task != "math":
         raise UserError(
             f"verl reads prompts as chat messages, and data.task '{config.data.task}' has none; set data.task=math "

@@ -7,6 +7,7 @@ sees everything our loop sees.
 | | our loop | tier A | tier B |
 |---|---|---|---|
 | `select`, `sample` | yes | verl's dataset and agent loop | verl's dataset and agent loop |
+| `replay` | yes | no: verl's batch holds new responses only | no |
 | `temper` | yes | no: verl samples at one temperature | no |
 | `reward`, `filter` | yes | verl's reward function, `algorithm.filter_groups` | yes; no refill |
 | `advantage` | whole rollout | rewards, mask, group; whole rollout | whole rollout |
@@ -50,6 +51,7 @@ MINIBATCH_CLIP = frozenset({"bapo", "hapo"})
 _WHY_NOT_A = {
     "select": "chooses problems; in verl that is the dataset or data.sampler",
     "sample": "samples in its own way; in verl that is an agent loop",
+    "replay": "learns from responses of earlier steps, and verl's batch holds the new ones only",
     "temper": "sets the temperature of every token while sampling, and verl's rollout has one (tau: 0 switches it off)",
     "channels": "needs a second advantage channel over the whole rollout; a registered loss is given one",
     "prepare": "takes a statistic or a selection over the optimizer minibatch; a registered loss sees one micro-batch",
@@ -68,7 +70,8 @@ _NOT_RECORDED = {
     "cluster_id": "needs answers clustered without labels, which verl's reward function does not do",
     "thought_label": "needs a judge of thoughts, which verl's rollout has not",
 }
-_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in ("select", "sample", "temper", "read_logits", "read_old_logits")}
+_NOT_IN_B = ("select", "sample", "replay", "temper", "read_logits", "read_old_logits")
+_WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in _NOT_IN_B}
 
 
 def pipeline_of(methods: Mapping[str, Mapping[str, Any]]) -> Pipeline:

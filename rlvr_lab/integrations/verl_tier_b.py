@@ -15,9 +15,9 @@ with three things changed:
 Since each minibatch is one call, verl's learning-rate schedule advances per optimizer step and not per rollout; its
 horizon is stretched accordingly. The state of the methods is written beside verl's checkpoints (`rlvr_methods.json`).
 
-Not carried: `select` and `sample` (verl's dataset and agent loops), refill after a filter (`algorithm.filter_groups`
-does that before the batch reaches us), several outputs per sample, the KL in the reward and verl's own rollout
-correction (`kl_reference` and `truncated_importance_sampling` are ours).
+Not carried: `select` and `sample` (verl's dataset and agent loops), `replay`, refill after a filter
+(`algorithm.filter_groups` does that before the batch reaches us), several outputs per sample, the KL in the reward and
+verl's own rollout correction (`kl_reference` and `truncated_importance_sampling` are ours).
 """
 
 from __future__ import annotations

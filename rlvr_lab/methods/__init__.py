@@ -57,6 +57,15 @@ def _signal(slug: str, title: str, arxiv: str, stage: str, cls: str, chapter: bo
     return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, where, f"{slug}/math", status)
 
 
+def _rollout(
+    slug: str, title: str, arxiv: str, stage: str, cls: str, chapter: bool = False, recipe: str | None = None
+) -> Entry:
+    """What changes how responses are sampled, or trains over many turns."""
+    status = _TESTED if chapter else f"{_TESTED}; chapter to come"
+    where = f"6_rollouts/{slug}" if chapter else None
+    return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, where, recipe or f"{slug}/math", status)
+
+
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
     status = "tested, an analysis"
     return Entry(slug, title, arxiv, slug, "analysis", module, None, f"2_measuring/{slug}", None, status)
@@ -135,6 +144,15 @@ _ENTRIES = (
     _signal("empg", "Entropy-modulated policy gradients (EMPG)", "2509.09265", "advantage", "EMPG"),
     _signal("one_shot", "Training on one example (1-shot RLVR)", "2504.20571", "data, weight, regulariser", "OneShot",
             True),
+    _rollout("cure", "Critical-token re-concatenation (CURE)", "2508.11016", "rollout", "CURE"),
+    _rollout("ettrl", "Entropy-fork trees and majority votes (ETTRL)", "2508.11356",
+             "rollout, reward, filter, advantage", "ETTRL"),
+    _rollout("ares", "Entropy shaped by difficulty (ARES)", "2510.08457", "data, reward, filter, regulariser", "ARES",
+             chapter=True),
+    _rollout("agentic_aepo", "Agentic entropy-balanced policy optimisation (AEPO), with ARPO", "2510.14545",
+             "rollout, clip, surrogate, advantage", "AgenticAEPO", True, "agentic_aepo/search"),
+    _rollout("spear", "Self-imitation with progressive exploration (SPEAR)", "2509.22601",
+             "reward, filter, advantage, replay, weight", "Spear", recipe="spear/search"),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
 )  # fmt: skip

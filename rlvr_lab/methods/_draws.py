@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
+from .base import Method
 
 APART = 1_000_003
 
@@ -42,3 +43,21 @@ class StepDraws:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stood."""
         self.step = int(state["step"])
+
+
+class DrawingMethod(Method):
+    """A method with random choices of its own: its constructor sets `draws`, and steps made stand in the checkpoint."""
+
+    draws: StepDraws
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """The next step draws anew."""
+        self.draws.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, which the draws depend on."""
+        return self.draws.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self.draws.load_state_dict(state)

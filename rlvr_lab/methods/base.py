@@ -141,6 +141,8 @@ class Method:
     """True where the method's reward stands in place of the task's, instead of being added to it."""
     refill: int = 0
     """Most generation batches that may be drawn to replace the rows which `filter` dropped; 0 draws none."""
+    replay_rows: int = 0
+    """Most responses that `replay` returns at once; the planner counts them."""
     reduction: Reduction | None = None
     """Reduction of the loss. Owned like an exclusive hook; None leaves it to the base."""
     reduction_constant: float | None = None

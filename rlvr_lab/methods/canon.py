@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ from ..core.reduce import OVER_CONSTANT, Reduction
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
 from ..errors import UserError
-from ._draws import StepDraws
+from ._draws import DrawingMethod, StepDraws
 from ._settings import check, check_choice, check_reduction
-from .base import Method
 
 Half = Literal["low", "high"]
 Schedule = Literal["constant", "accuracy_inter_first", "accuracy_intra_first", "cosine_inter_first",
@@ -164,7 +163,7 @@ class CANONConfig:
         check_reduction(self.reduction, "canon.reduction", self.max_length)
 
 
-class CANON(Method):
+class CANON(DrawingMethod):
     """Owner of `advantage` and of the reduction; `observe` counts the steps."""
 
     slug: ClassVar[str] = "canon"
@@ -217,15 +216,3 @@ class CANON(Method):
     def metrics(self) -> dict[str, float]:
         """The step's `mu`, and `high_better`: mean reward of the high halves minus that of the low ones."""
         return dict(self._figures)
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """One more step."""
-        self.draws.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps, for the cosine and the random split."""
-        return self.draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.draws.load_state_dict(state)

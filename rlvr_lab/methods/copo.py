@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,9 +41,9 @@ from ..core.advantages import dead_groups, group_range, group_sums
 from ..core.losses import Surrogate, clipped_surrogate
 from ..core.reduce import Reduction
 from ..core.rollout import Rollout
-from ._draws import StepDraws
+from ._draws import DrawingMethod, StepDraws
 from ._settings import check, check_choice
-from .base import LossInputs, Method
+from .base import LossInputs
 
 LogBase = Literal["nats", "bits"]
 Gate = Literal[
@@ -176,7 +176,7 @@ class COPOConfig:
         check_choice(self.reduction, ("token_mean", "sequence_mean_of_token_mean"), "copo.reduction")
 
 
-class COPO(Method):
+class COPO(DrawingMethod):
     """Two `channels`, and the `surrogate` that blends with them; advantage and clip range stay their owner's."""
 
     slug: ClassVar[str] = "copo"
@@ -251,10 +251,6 @@ class COPO(Method):
             c.dual_clip, c.global_coefficient,
         )  # fmt: skip
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """The next step shuffles anew."""
-        self.draws.step += 1
-
     def metrics(self) -> dict[str, float]:
         """Mean consistency entropy over groups in units of `log_base`, mean w, share of groups with equal rewards."""
         names = ("consistency_entropy", "local_weight", "equal_groups")
@@ -264,11 +260,3 @@ class COPO(Method):
         """Says once that there was nothing to compare with."""
         found, self._pending = self._pending, []
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps, which the shuffling depends on."""
-        return self.draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
-        self.draws.load_state_dict(state)

@@ -13,10 +13,11 @@ with no verified reward. `bonus_only_if_signal` leaves such groups out first, as
 
 Why: E |grad_z log pi|^2 = 1 - sum pi^2 = 1 - e^(-H_2) for a softmax, so that confident tokens have small gradients.
 
-Card: papers/empg.md. There is no official code; the formulas are those of the paper's appendix. Steps are told apart by
-`turn_id`, else `segment_id`, where the rollout has one (a negative id belongs to no step), else by `markers`: texts
-that end a step. A text whose tokens merge with their neighbours is not found: give all its forms. `quantile` measures
-Hn between the q- and (1 - q)-quantile, so that one degenerate step does not set the scale [inferred option].
+Card: papers/empg.md. There is no official code; the formulas are those of the paper's appendix. `steps: turn` tells
+steps apart by `turn_id`, else `segment_id` (a negative id belongs to no step; with neither, a response is one step);
+`steps: marker` by `markers`, texts that end a step. A text whose tokens merge with their neighbours is not found: give
+all its forms. `quantile` measures Hn between the q- and (1 - q)-quantile, so that one degenerate step does not set the
+scale [inferred option].
 
 Presets: `paper`; `released` is the same, since nothing was released; `tiny` (steps end at `=` and at `</think>`).
 Controls: `shuffled` deals the entropies to other steps; k = 0 and zeta = 0 leave the base's advantage up to centring.
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,10 +37,12 @@ from ..core.advantages import dead_groups, group_advantage
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
 from ..errors import UserError
-from ._draws import StepDraws
+from ._draws import DrawingMethod, StepDraws
 from ._markers import marker_ids
-from ._settings import check
-from .base import Encode, Method
+from ._settings import check, check_choice
+from .base import Encode
+
+StepKind = Literal["turn", "marker"]
 
 
 def expected_squared_score(logits: Tensor) -> Tensor:
@@ -147,7 +150,8 @@ def modulate(
 
 @dataclass(frozen=True)
 class EMPGConfig:
-    """Settings: `k` and `k_bonus` sharpen g and f, `zeta` weighs the bonus, `markers` are texts that end a step."""
+    """Settings: `k` and `k_bonus` sharpen g and f, `zeta` weighs the bonus. `steps`: what a step is; `markers` are the
+    texts that end one where `steps` is `marker`."""
 
     k: float = 1.0
     k_bonus: float = 1.0
@@ -156,6 +160,7 @@ class EMPGConfig:
     bonus_only_if_signal: bool = False
     shuffled: bool = False
     seed: int = 0
+    steps: StepKind = "turn"
     markers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -165,9 +170,13 @@ class EMPGConfig:
         check(0 <= self.quantile < 0.5, "empg.quantile", "lie in [0, 0.5)", self.quantile)
         texts = not isinstance(self.markers, str) and all(isinstance(m, str) and m for m in self.markers)
         check(texts, "empg.markers", "be a list of texts, none of them empty", self.markers)
+        check_choice(self.steps, get_args(StepKind), "empg.steps")
+        by_marker = self.steps == "marker"
+        want = "name at least one text where steps is 'marker'" if by_marker else "be empty where steps is 'turn'"
+        check(bool(self.markers) == by_marker, "empg.markers", want, list(self.markers))
 
 
-class EMPG(Method):
+class EMPG(DrawingMethod):
     """Owner of `advantage`; everything else stays the base's."""
 
     slug: ClassVar[str] = "empg"
@@ -176,7 +185,7 @@ class EMPG(Method):
     presets: ClassVar[Mapping[str, EMPGConfig]] = {
         "paper": EMPGConfig(),
         "released": EMPGConfig(),
-        "tiny": EMPGConfig(markers=("=", "</think>")),
+        "tiny": EMPGConfig(steps="marker", markers=("=", "</think>")),
     }
 
     def __init__(self, config: EMPGConfig | None = None) -> None:
@@ -192,18 +201,22 @@ class EMPG(Method):
         self.markers = marker_ids(self.config.markers, encode, "empg.markers")
 
     def steps(self, rollout: Rollout) -> Steps:
-        """The steps of a rollout, by turns, segments or markers. Raises UserError where there is none."""
-        label = rollout.turn_id if rollout.turn_id is not None else rollout.segment_id
-        if label is None:
-            if self.config.markers and self.markers is None:
+        """The steps of a rollout, by turns or by markers. Raises UserError where there is none."""
+        label: Tensor | None
+        if self.config.steps == "marker":
+            if self.markers is None:
                 raise UserError("methods.empg.markers are not token ids yet: call bind(encode) before the first update")
-            label = labels_by_marker(rollout.response_ids, rollout.mask, self.markers or ())
-            self._warn_whole(label, rollout)
+            label = labels_by_marker(rollout.response_ids, rollout.mask, self.markers)
+        else:
+            label = rollout.turn_id if rollout.turn_id is not None else rollout.segment_id
+        if label is None:
+            label = torch.zeros_like(rollout.response_ids)
+        self._warn_whole(label, rollout)
         steps = number_steps(label.long(), rollout.mask)
         if not len(steps.row):
             raise UserError(
                 "method 'empg' finds no step: no token of this rollout belongs to a turn; check the turns of the "
-                "environment (data.task), or set methods.empg.markers for responses without turns"
+                "environment (data.task), or set methods.empg.steps: marker with methods.empg.markers"
             )
         return steps
 
@@ -211,9 +224,11 @@ class EMPG(Method):
         if self._said or bool((label[rollout.mask] > 0).any()) or not bool(rollout.mask.any()):
             return
         self._said = True
+        missed = f"none of methods.empg.markers {list(self.config.markers)} occurs"
+        if self.config.steps == "turn":
+            missed = "no response has a second turn, and methods.empg.steps is 'turn'"
         self._pending.append(
-            "method 'empg' finds no marker in any response of a rollout, so that each response is one step without a "
-            f"bonus; methods.empg.markers is {list(self.config.markers)}"
+            f"method 'empg' finds one step in each response of a rollout, so that none has a bonus: {missed}"
         )
 
     def advantage(self, rollout: Rollout) -> Tensor:
@@ -263,15 +278,3 @@ class EMPG(Method):
         """Says once that no step ends within a response."""
         found, self._pending = self._pending, []
         return found
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """The next step shuffles anew."""
-        self.draws.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps, which the shuffling depends on."""
-        return self.draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
-        self.draws.load_state_dict(state)

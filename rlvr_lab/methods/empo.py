@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,9 +33,8 @@ from torch import Tensor
 from ..core.advantages import group_range, group_sums
 from ..core.rollout import Rollout
 from ..core.rows import canonical_order
-from ._draws import StepDraws
+from ._draws import DrawingMethod, StepDraws
 from ._settings import check, check_choice
-from .base import Method
 
 Rule = Literal["frequency", "voting"]
 Missing = Literal["leave_out", "separate"]
@@ -124,7 +123,7 @@ class EMPOConfig:
         check(low < high, "empo.low", f"lie below empo.high ({high})", self.low)
 
 
-class EMPO(Method):
+class EMPO(DrawingMethod):
     """Replaces the task's reward; `filter` drops the prompts outside the gate."""
 
     slug: ClassVar[str] = "empo"
@@ -196,18 +195,6 @@ class EMPO(Method):
         """Means over prompts: `semantic_entropy` (nats, nan where no prompt has an answer), `largest_cluster` as a
         share, `gated`, the share of prompts outside the gate; and `distinct_majorities`."""
         return dict(self._figures)
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """Count the steps, which number the draws of the control."""
-        self.draws.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the random numbers."""
-        return self.draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the saved random numbers."""
-        self.draws.load_state_dict(state)
 
 
 def distinct_majorities(rollout: Rollout) -> float:

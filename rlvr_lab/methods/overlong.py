@@ -5,8 +5,8 @@ r"""Overlong responses: a soft punishment near the limit, or no learning from cu
     filter: the tokens of a response that the limit cut leave the loss; its reward stays in the group's baseline
 
 Card: papers/baselines.md. Code compared: volcengine/verl @ b178a3cd5 workers/reward_manager/dapo.py. |y| counts the
-response's tokens [B]. The paper's correctness reward is +-1; under 0/1 rewards the same punishment weighs twice as
-much. Set `max_length` to the run's `rollout.max_tokens`.
+tokens [B] that the policy chose: what a tool said is nothing that it could shorten. The paper's correctness reward is
++-1; under 0/1 rewards the same punishment weighs twice as much. Set `max_length` to the run's `rollout.max_tokens`.
 
 Presets:
 - `paper`: soft punishment with the floor -factor; 20480 tokens, the last 4096 of them punished.
@@ -68,7 +68,7 @@ class Overlong(Method):
         c = self.config
         if not c.punish:
             return {}
-        return {"overlong": overlong_reward(rollout.lengths, c.max_length, c.buffer, c.factor, c.floor)}
+        return {"overlong": overlong_reward(rollout.mask.sum(1), c.max_length, c.buffer, c.factor, c.floor)}
 
     def filter(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens of cut responses unmarked, or as it is."""

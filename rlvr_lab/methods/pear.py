@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from ..core.advantages import group_range
 from ..core.entropy import phase_entropy
 from ..core.rollout import Rollout
 from ..errors import UserError
-from ._draws import StepDraws
+from ._draws import DrawingMethod, StepDraws
 from ._markers import marker_ids
 from ._settings import check, check_choice
-from .base import Encode, Method
+from .base import Encode
 
 Penalty = Literal["own", "shuffled", "none"]
 
@@ -110,7 +110,7 @@ class PEARConfig:
         return (self.marker,) if isinstance(self.marker, str) else tuple(self.marker)
 
 
-class PEAR(Method):
+class PEAR(DrawingMethod):
     """Replaces the task's reward; `channels` only measures, and adds none."""
 
     slug: ClassVar[str] = "pear"
@@ -164,15 +164,3 @@ class PEAR(Method):
         """Phase entropies in nats, tokens before the marker, the mean penalty of right answers, the share of responses
         without a marker, and `all_correct_share`, the part of all |A| in groups that have nothing wrong."""
         return dict(self._figures)
-
-    def observe(self, metrics: Mapping[str, float]) -> None:
-        """One more step."""
-        self.draws.step += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps, by which the control draws."""
-        return self.draws.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint stood."""
-        self.draws.load_state_dict(state)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from ..methods import build, compose
 from ..methods.base import Pipeline
+from ..tasks.registry import entry, task
 from ..train.config import TrainConfig
 from .devices import Device
 from .shapes import Shape, shape_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-COUNTDOWN_PROMPT = 8
-"""Tokens of every Countdown prompt."""
 PROMPT = 512
-"""Tokens assumed of the longest prompts of other tasks."""
+"""Tokens assumed of the longest prompts where they cannot be counted without a tokenizer."""
+COUNTED = 64
+"""Problems that are made to count their prompts."""
+WORDS = 512
+"""Size of a vocabulary up to which it is the tiny lab's, in which tasks encode their prompts themselves."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Job:
     minibatches: int
     epochs: int
     steps: int
+    replayed: int
+    """Most responses of earlier steps that an update learns from beside the new ones."""
+    turns: int
+    """Most turns of a response; 1 without an environment."""
     padded: bool
     """Whether prompts of different lengths share a batch, so that attention needs a mask."""
     recompute: bool
@@ -86,7 +96,8 @@ class Job:
         """Prompt and response tokens of one forward and backward pass over the longest rows."""
         if self.packed_tokens is None:
             return self.micro_rows * self.longest
-        return max(self.longest, min(self.packed_tokens, -(-self.responses // self.minibatches) * self.longest))
+        most = -(-(self.responses + self.replayed) // self.minibatches)
+        return max(self.longest, min(self.packed_tokens, most * self.longest))
 
     @property
     def pass_answers(self) -> int:
@@ -161,8 +172,9 @@ def job_of(
     """A configuration on `ranks` devices. Lengths that no setting gives are assumed: see `Assumptions` of the plan."""
     pipeline = compose([build(slug, settings) for slug, settings in config.methods.items()])
     rollout, update = config.rollout, config.update
-    countdown = config.data.task == "countdown"
     shape = shape or shape_of(config.model.path)
+    prompts = _prompts(config.data.task, json.dumps(config.data.settings, sort_keys=True, default=str))
+    lengths = prompts.lengths if prompts.fixed or shape.vocabulary <= WORDS else (PROMPT, 0)
     stored, computed, dtype = _types(config)
     parallel, lora = config.parallel, config.model.lora
     vllm = rollout.vllm
@@ -176,7 +188,7 @@ def job_of(
         dtype=dtype,
         prompts=rollout.prompts,
         group=rollout.group_size,
-        prompt_tokens=prompt_tokens or (COUNTDOWN_PROMPT if countdown else PROMPT),
+        prompt_tokens=prompt_tokens or lengths[0],
         max_tokens=rollout.max_tokens,
         mean_tokens=min(mean_tokens or -(-rollout.max_tokens // 2), rollout.max_tokens),
         rows=min(rollout.rows, -(-responses // ranks)),
@@ -185,7 +197,8 @@ def job_of(
         minibatches=update.minibatches,
         epochs=update.epochs,
         steps=config.steps,
-        padded=not countdown,
+        turns=prompts.turns,
+        padded=lengths[0] != lengths[1],
         recompute=update.recompute_old_logprob,
         **_composition(pipeline),
         ledger_rows=config.ledger.rows,
@@ -207,7 +220,33 @@ def _composition(pipeline: Pipeline) -> dict[str, Any]:
         "reference": pipeline.needs("ref_logprob"),
         "entropy": pipeline.any("needs_entropy"),
         "refill": pipeline.refill,
+        "replayed": max(m.replay_rows for m in pipeline.methods),
     }
+
+
+class _Prompts(NamedTuple):
+    """Of a task: the longest and the shortest of some prompts, and whether they are the same whatever the model is."""
+
+    lengths: tuple[int, int]
+    fixed: bool
+    turns: int
+
+
+@cache
+def _prompts(name: str, settings: str) -> _Prompts:
+    """What can be known of a task's prompts without a tokenizer; `settings` as JSON.
+
+    Raises UserError as `tasks.registry.task` does.
+    """
+    found, which = entry(name), task(name, json.loads(settings))
+    turns = int(getattr(which, "max_turns", 1))
+    # tasks that write their own prompts in the small vocabulary need no tokenizer for it
+    own_words = inspect.signature(which.prompt_ids).parameters["tokenizer"].default is None
+    if found.file is not None or not own_words:
+        return _Prompts((PROMPT, 0), False, turns)
+    problems = found.problems(which, COUNTED, 0)
+    lengths = [len(which.prompt_ids(problem, None)) for problem in problems]
+    return _Prompts((max(lengths), min(lengths)), all(hasattr(p, "prompt_ids") for p in problems), turns)
 
 
 def _types(config: TrainConfig) -> tuple[int, int, str]:

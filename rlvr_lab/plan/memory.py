@@ -145,8 +145,10 @@ def _record(job: Job) -> Part:
     per_token = LONG + 2 * BOOL + FLOAT * (5 + job.reference + 3 * job.needs_current)
     per_prompt_token = LONG + BOOL
     each = per_token * job.max_tokens + per_prompt_token * job.prompt_tokens
-    formula = f"{job.responses:,} responses x ({job.max_tokens} x {per_token} B + {job.prompt_tokens} prompt x 9 B)"
-    return _everywhere("rollout record", formula, job.responses * each)
+    more = f" + {job.replayed:,} replayed" if job.replayed else ""
+    rows = f"({job.responses:,}{more})" if more else f"{job.responses:,}"
+    formula = f"{rows} responses x ({job.max_tokens} x {per_token} B + {job.prompt_tokens} prompt x 9 B)"
+    return _everywhere("rollout record", formula, (job.responses + job.replayed) * each)
 
 
 def _engine(job: Job) -> Iterator[Part]:

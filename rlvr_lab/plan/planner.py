@@ -98,7 +98,8 @@ def plan(
     """Plan a configuration for `n` GPUs of a kind, reading nothing of the model but its config.
 
     `price` is per GPU and hour. `prompt_tokens` is the length of the longest prompts and `mean_tokens` the mean length
-    of responses; without them 512 (8 for Countdown) and half of rollout.max_tokens are assumed.
+    of responses; without them 512 (counted for the
+    tasks of the tiny lab) and half of rollout.max_tokens are assumed.
     Raises UserError for an unknown GPU or a number that makes no sense, NoPlan for a model that cannot be counted.
     """
     for name, value in (("--gpus", n), ("--prompt-tokens", prompt_tokens), ("--mean-tokens", mean_tokens)):
@@ -175,6 +176,16 @@ def _notes(config: TrainConfig, job: Job, needed: Memory, assumed: Assumptions) 
         notes.append(f"while loading, every process holds the whole model in main memory: {whole:,.0f} GiB each")
     if needed.on_host:
         notes.append(f"offloaded: {needed.on_host / 2**30:.1f} GiB of main memory for every GPU")
+    if job.turns > 1:
+        notes.append(
+            f"an episode has up to {job.turns} turns, and rollout.max_tokens bounds it with what the environment says: "
+            "fewer tokens are sampled than shown"
+        )
+    if job.replayed:
+        notes.append(
+            f"a step learns from up to {job.replayed:,} responses of earlier steps beside the new ones: counted in the "
+            "memory, not in the times"
+        )
     if job.engine == "server":
         notes.append("the vLLM server has GPUs of its own, which are not counted here")
     return tuple(notes)

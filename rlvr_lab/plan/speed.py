@@ -105,7 +105,20 @@ def _sampling(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:
         f"{cache / 1e9:.1f}) GB / {band / 1e9:.0f} GB/s, FLOPs, {launch * 1e3:.3g} ms): bound by {bound}{times}"
     )
     prefill = f"{prompts:,} prompt tokens x 2 P / ({peak / 1e12:.0f} TFLOP/s x {assumed.prefill:g}){times}"
-    return [Duration("read prompts", prefill, reading), Duration("sample", decode, batches * steps * step)]
+    parts = [Duration("read prompts", prefill, reading), Duration("sample", decode, batches * steps * step)]
+    return parts + _turns(job, assumed, batches)
+
+
+def _turns(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:
+    """Episodes whose cache is not kept between turns are read again at every turn but the first."""
+    if job.turns == 1 or job.engine != "transformers":
+        return []
+    again = -(-job.turns // 2) - 1
+    context = job.prompt_tokens + job.mean_tokens / 2
+    peak = job.device.throughput(job.dtype) * assumed.prefill
+    seconds = batches * again * job.own_responses * context * flops_per_token(job, context / 2) / peak
+    formula = f"{again} further turns x {job.own_responses:,} episodes x {context:,.0f} tokens x 2 P"
+    return [Duration("read episodes again", f"{formula}, half of the most turns assumed", seconds)]
 
 
 def _scoring(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:

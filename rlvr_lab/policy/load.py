@@ -1,4 +1,4 @@
-"""Opening a policy: a local transformers directory, a shipped base (`tiny/S`, `tiny/R`), or a hub name."""
+"""Opening a policy: a local transformers directory, a shipped base (`tiny/S`, ..., `tiny/A`), or a hub name."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..tasks import countdown, instructions, instructions_demos
+from ..tasks.agents import demos
 from . import tiny
 from .muon import Muon
 
@@ -54,8 +55,14 @@ class PretrainConfig:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of every prompt of the base's task."""
-        return instructions.PROMPT_TOKENS if self.base == "I" else countdown.PROMPT_TOKENS
+        """Length of every prompt of the base's task; of base A's, which differ, the shortest."""
+        return {"I": instructions.PROMPT_TOKENS, "A": demos.PROMPT_TOKENS}.get(self.base, countdown.PROMPT_TOKENS)
+
+    def learned(self, sequence: list[int]) -> list[bool]:
+        """Which tokens count in the loss: the response, without what an environment said."""
+        if self.base == "A":
+            return demos.learned(sequence)
+        return [False] * self.prompt_tokens + [True] * (len(sequence) - self.prompt_tokens)
 
     @property
     def traces(self) -> countdown.Traces:
@@ -79,6 +86,8 @@ class PretrainConfig:
         if self.base == "I":
             style = instructions_demos.Demonstrations(self.attention)
             return list(instructions_demos.demonstrations(self.shard, style, seed))
+        if self.base == "A":
+            return list(demos.demonstrations(self.shard, demos.HASTY, seed))
         return list(countdown.traces(self.shard, self.traces_at(step), rng))
 
 
@@ -87,6 +96,7 @@ SHIPPED = {
     "S": PretrainConfig(base="S", steps=15_000, broaden_steps=1_000),
     "R": PretrainConfig(base="R", steps=12_000),
     "I": PretrainConfig(base="I", steps=1_200),
+    "A": PretrainConfig(base="A", steps=1_200),
 }
 
 Progress = Callable[[int, float, float], None]
@@ -104,7 +114,8 @@ def pretrain(
     Raises UserError where `out` holds a run with other settings, and FloatingPointError on a loss that is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    model = tiny.build_model(config.seed, tiny.SHAPES[config.shape])
+    lexicon = tiny.lexicon(config.base)
+    model = tiny.build_model(config.seed, tiny.SHAPES[config.shape], lexicon)
     model.to(torch.device(device))
     optimizers = _optimizers(model, config)
     history: list[float] = []
@@ -122,7 +133,7 @@ def pretrain(
         if (step + 1) % config.save_every == 0 or step + 1 == config.total_steps:
             _save_state(out, config, model, optimizers, history)
     model.eval()
-    tiny.export(model.cpu(), out)
+    tiny.export(model.cpu(), out, lexicon)
     record = {"config": asdict(config), "loss_last_200": float(np.mean(history[-200:])), "written": time.strftime("%F")}
     (out / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
@@ -183,7 +194,8 @@ def _step(
     factor: float,
     config: PretrainConfig,
 ) -> float:
-    tokens, mask = (part.to(model.get_parameter("lm_head.weight").device) for part in _pad(sequences))
+    device = model.get_parameter("lm_head.weight").device
+    tokens, mask = (part.to(device) for part in _pad(sequences, config.learned))
     logits = model(input_ids=tokens[:, :-1]).logits[:, config.prompt_tokens - 1 :]
     target, mask = tokens[:, config.prompt_tokens :], mask[:, config.prompt_tokens :]
     loss = torch.nn.functional.cross_entropy(logits[mask], target[mask])
@@ -197,11 +209,11 @@ def _step(
     return float(loss.detach())
 
 
-def _pad(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _pad(sequences: list[list[int]], learned: Callable[[list[int]], list[bool]]) -> tuple[Tensor, Tensor]:
+    """Tokens, and which of them count in the loss."""
     width = max(map(len, sequences))
     tokens = torch.tensor([s + [countdown.PAD] * (width - len(s)) for s in sequences])
-    lengths = torch.tensor([len(s) for s in sequences])
-    return tokens, torch.arange(width)[None] < lengths[:, None]
+    return tokens, torch.tensor([learned(s) + [False] * (width - len(s)) for s in sequences])
 
 
 def _save_state(

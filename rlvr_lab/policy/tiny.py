@@ -1,10 +1,11 @@
 """The tiny lab's policies: ordinary transformers directories of 423 thousand parameters, shipped with the package.
 
-Three bases, pre-trained from scratch on synthetic traces (`rlvr-lab pretrain` reproduces them):
+Four bases, pre-trained from scratch on synthetic traces (`rlvr-lab pretrain` reproduces them):
 
 - **S** writes a single attempt. Chapters on entropy, collapse, covariance, clipping and pass@k use it.
 - **R** may retry after `no`, up to five attempts, and gives up at random. Chapters on length and retries use it.
 - **I** writes rows of digits under rules (`tasks.instructions`) and minds only some of them.
+- **A** acts in the environments of `tasks.agents`, with words and a context of its own (435 thousand parameters).
 
 S and R learned a mixture of goal-directed and random attempts. That is the point: the base knows a good mode and a
 broad mode, and reinforcement learning only has to re-weight them.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tasks import countdown, instructions_demos
+from ..tasks.agents import demos, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +36,27 @@ BASES: dict[str, Any] = {
     "S": countdown.SINGLE,
     "R": countdown.RETRIES,
     "I": instructions_demos.LAZY,
+    "A": demos.HASTY,
 }
-POSITIONS = 128
 EXPORTED_HEAD_WIDTH = 32
 """The narrowest attention head that vLLM 0.32.0 runs on a CPU."""
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """The words of a policy, one id each, the special ones where `countdown` has them; and the longest context."""
+
+    words: tuple[str, ...]
+    positions: int
+
+
+COUNTDOWN, AGENTS = Lexicon(countdown.VOCABULARY, 128), Lexicon(words.VOCABULARY, 256)
+POSITIONS = COUNTDOWN.positions
+
+
+def lexicon(base: str) -> Lexicon:
+    """Words and context of a shipped base."""
+    return AGENTS if base == "A" else COUNTDOWN
 
 
 @dataclass(frozen=True)
@@ -55,24 +74,24 @@ SHAPES = {"tiny": Shape(96, 3, 4, 288), "28m": Shape(512, 8, 8, 1536), "92m": Sh
 
 
 def shipped(base: str) -> Path:
-    """Directory of a shipped base policy, `S`, `R` or `I`."""
+    """Directory of a shipped base policy, `S`, `R`, `I` or `A`."""
     if base not in BASES:
         raise KeyError(f"no shipped base '{base}'; there are {', '.join(BASES)}")
     return Path(str(resources.files("rlvr_lab.policy") / "checkpoints" / base))
 
 
-def build_config(shape: Shape = SHAPES["tiny"]) -> Qwen2Config:
-    """Qwen2 over the 128-word vocabulary, rotary base 10,000, untied embeddings."""
+def build_config(shape: Shape = SHAPES["tiny"], lexicon: Lexicon = COUNTDOWN) -> Qwen2Config:
+    """Qwen2 over a vocabulary of whole words, rotary base 10,000, untied embeddings."""
     from transformers import Qwen2Config
 
     return Qwen2Config(
-        vocab_size=len(countdown.VOCABULARY),
+        vocab_size=len(lexicon.words),
         hidden_size=shape.hidden,
         intermediate_size=shape.feed_forward,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=lexicon.positions,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=False,
         bos_token_id=countdown.BOS,
@@ -82,17 +101,17 @@ def build_config(shape: Shape = SHAPES["tiny"]) -> Qwen2Config:
     )
 
 
-def build_model(seed: int, shape: Shape = SHAPES["tiny"]) -> Qwen2ForCausalLM:
+def build_model(seed: int, shape: Shape = SHAPES["tiny"], lexicon: Lexicon = COUNTDOWN) -> Qwen2ForCausalLM:
     """A freshly initialised policy. The global generator is used by transformers' initialiser and restored after."""
     import torch
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(build_config(shape))
+        return Qwen2ForCausalLM(build_config(shape, lexicon))
 
 
-def export(model: Qwen2ForCausalLM | LlamaForCausalLM, out: Path) -> None:
+def export(model: Qwen2ForCausalLM | LlamaForCausalLM, out: Path, lexicon: Lexicon = COUNTDOWN) -> None:
     """Write the policy to `out` as a Llama directory with its tokenizer; see the head of this module.
 
     Heads narrower than `EXPORTED_HEAD_WIDTH` are widened to it (`widen_heads`). A Llama may be given as well; one that
@@ -125,7 +144,7 @@ def export(model: Qwen2ForCausalLM | LlamaForCausalLM, out: Path) -> None:
             torch.nn.init.zeros_(parameter)
     logging.disable_progress_bar()
     llama.save_pretrained(out)
-    build_tokenizer().save_pretrained(out)
+    build_tokenizer(lexicon).save_pretrained(out)
 
 
 def widen_heads(state: dict[str, Tensor], narrow: int, wide: int) -> dict[str, Tensor]:
@@ -159,12 +178,12 @@ def widen_heads(state: dict[str, Tensor], narrow: int, wide: int) -> dict[str, T
     return widened
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(lexicon: Lexicon = COUNTDOWN) -> PreTrainedTokenizerFast:
     """One id per blank-separated word; `decode` joins with blanks, so encode and decode are inverse."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.WordLevel(vocab=dict(countdown.ID), unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel(vocab={word: i for i, word in enumerate(lexicon.words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -172,6 +191,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",
-        model_max_length=POSITIONS,
+        model_max_length=lexicon.positions,
         clean_up_tokenization_spaces=False,
     )

@@ -20,14 +20,21 @@ def response_texts(rollout: Rollout, policy: Policy) -> list[str]:
     return [policy.decode(ids[:length]) for ids, length in rows]
 
 
-def grade(rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Policy) -> Rollout:
+def grade(
+    rollout: Rollout,
+    task: Task[Any],
+    problems: Sequence[Any],
+    policy: Policy,
+    verdicts: Sequence[Verdict] | None = None,
+) -> Rollout:
     """Fill `correct`, `answer` and the reward components: `correct` (0 or 1) and the verdicts' points by name.
 
     An environment is given the texts of the turns; it judges what the policy did, not what it wrote about results.
-    `prompt_id` indexes `problems`. A point that a verdict does not name is 0 for that response. Raises ValueError for a
-    point that is named like another component, or that a task with `point_names` did not declare.
+    `prompt_id` indexes `problems`; `verdicts` are those of `verdicts_of`, where they are known already. A point that a
+    verdict does not name is 0 for that response. Raises ValueError for a point that is named like another component,
+    or that a task with `point_names` did not declare.
     """
-    verdicts = _verdicts(rollout, task, problems, policy)
+    verdicts = verdicts_of(rollout, task, problems, policy) if verdicts is None else verdicts
     correct = torch.tensor([v.correct for v in verdicts], device=rollout.response_ids.device)
     components = {**rollout.reward_components, "correct": correct.float()}
     for name in _point_names(task, verdicts, components):
@@ -36,7 +43,8 @@ def grade(rollout: Rollout, task: Task[Any], problems: Sequence[Any], policy: Po
     return rollout.with_(correct=correct, answer=answers, reward_components=components)
 
 
-def _verdicts(rollout: Rollout, task: Any, problems: Sequence[Any], policy: Policy) -> list[Verdict]:
+def verdicts_of(rollout: Rollout, task: Any, problems: Sequence[Any], policy: Policy) -> list[Verdict]:
+    """The task's verdict on every response; an environment is given the texts of the turns."""
     ends = list(zip(rollout.prompt_id.tolist(), rollout.finished.tolist(), strict=True))
     if isinstance(task, Environment):
         return [

@@ -32,12 +32,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.paths import Path as ResponsePath
+from ..core.paths import Piece, Start
 from ..core.rollout import Rollout, pad
 from ..errors import UserError
 from ..policy.forward import scored
 from ..policy.load import Policy
+from ..policy.shard import is_sharded
 from .engine import Sampling
-from .streams import prompt_seeds
+from .scoring import fill_entropy
+from .streams import keyed_seeds, prompt_seeds
 from .vllm_backend import Backend, Request, Sample, SyncReport
 from .vllm_settings import NO_TEMPER, VllmSection
 
@@ -56,6 +60,9 @@ class VllmEngine:
     is for tests.
     Raises UserError where vLLM is missing or unsupported, cannot start, or cannot be reached.
     """
+
+    turns = None
+    """No environment: a response is one turn. See `rollout.episodes`."""
 
     def __init__(
         self,
@@ -100,71 +107,60 @@ class VllmEngine:
         requests = [self._request(p, group_size, s, seed) for p, s, seed in zip(prompts, own, seeds, strict=True)]
         groups = self._generate(requests)
         report(sum(map(len, groups)))
-        self._probe_prompts = list(prompts[: self.settings.probe_responses])
-        self._probe_temperature = sampling.temperature or 1.0
+        self._remember(prompts, sampling)
         problems = list(problem_ids) if problem_ids is not None else list(range(len(prompts)))
         return self._as_rollout(groups, prompts, problems, own, version)
 
-    def resume(
+    def extend(
         self,
-        rollout: Rollout,
-        lengths: Tensor,
+        starts: Sequence[Start],
         sampling: Sampling,
         generator: torch.Generator,
         *,
-        version: int = 0,
-    ) -> Rollout:
-        """Continue the first `lengths` [B] tokens of every response, to at most `sampling.max_tokens` tokens in all.
+        stops: Sequence[str] = (),
+        report: Callable[[int], None] = lambda rows: None,
+    ) -> list[Piece]:
+        """Continue each start by one piece, which ends with the end token, a text of `stops` or the start's limit.
 
-        Kept tokens keep their log-probs; `parent_id` is the row continued, `prefix_length` what was kept of it. The
-        policy version is the older of the two, since the oldest token decides how stale a response is.
-        Raises UserError where temperatures differ, because a response is scored at one.
+        Each start has a temperature and a limit of its own, and a seed by its `key`; contexts that begin alike are read
+        once where `rollout.vllm.prefix_caching` is on. Raises as `sample` does, and ValueError for a start without
+        room or an empty stop text.
         """
-        kept = torch.minimum(lengths.to(rollout.lengths), rollout.lengths)
-        base = rollout.policy_temperature
-        used = rollout.behaviour_temperature[rollout.mask] if base is None else torch.tensor([base])
-        if bool(used.ne(sampling.temperature).any()):
+        if not all(stops):
+            raise ValueError("an empty text would stop everything")
+        keys = [sampling.first + i if s.key is None else s.key for i, s in enumerate(starts)]
+        seeds = keyed_seeds(generator, keys)
+        own = [_settings_of(start, sampling) for start in starts]
+        requests = [
+            self._request(start.ids, 1, settings, seed, stops)
+            for start, settings, seed in zip(starts, own, seeds, strict=True)
+        ]
+        samples = [sample for (sample,) in self._generate(requests)]
+        report(len(samples))
+        self._remember([start.ids for start in starts], sampling)
+        return [_piece(sample, settings.temperature) for sample, settings in zip(samples, own, strict=True)]
+
+    def with_entropy(self, paths: Sequence[ResponsePath], rows: int = 64) -> None:
+        """Fill in the entropies of paths that lack them, as all do that vLLM sampled, from the trainer's model.
+
+        Raises UserError for a sharded one: its passes take all processes, each of which has paths of its own.
+        """
+        if is_sharded(self.policy.model):
             raise UserError(
-                f"responses of temperature {float(used[0])} cannot be continued at rollout.temperature "
-                f"{sampling.temperature}; keep the temperature"
+                "entropies of paths under way cannot be scored by a sharded policy; set parallel.shard: none, or "
+                "rollout.engine: transformers, which records them"
             )
-        seeds = prompt_seeds(generator, sampling.first, len(rollout))
-        rows = range(len(rollout))
-        prompts = [rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist() for i in rows]
-        starts = [self._kept(rollout, i, int(kept[i])) for i in rows]
-        open_rows = [i for i in rows if self._is_open(starts[i], sampling.max_tokens)]
-        requests = [self._continue(prompts[i], starts[i], sampling, seeds[i]) for i in open_rows]
-        samples = list(starts)
-        for i, (more,) in zip(open_rows, self._generate(requests), strict=True):
-            start = starts[i]
-            own = [sampling.temperature] * len(more.ids) if more.temperature is None else more.temperature
-            joined_temperature = (start.temperature or []) + own
-            samples[i] = Sample(start.ids + more.ids, start.logprob + more.logprob, more.finished, joined_temperature)
-        joined = self._as_rollout(
-            [[s] for s in samples], prompts, rollout.prompt_id.tolist(), [sampling] * len(prompts)
-        )
-        return joined.with_(
-            group_id=rollout.group_id,
-            policy_version=rollout.policy_version.clamp_max(version),
-            parent_id=torch.arange(len(rollout), device=rollout.group_id.device),
-            prefix_length=kept,
-            policy_temperature=base if sampling.temper is None else sampling.temperature,
-        )
+        fill_entropy(self.policy, paths, rows)
 
-    def _kept(self, rollout: Rollout, row: int, length: int) -> Sample:
-        ids = rollout.response_ids[row, :length].tolist()
-        ended = bool(rollout.finished[row]) and length == int(rollout.lengths[row])
-        temperature = rollout.behaviour_temperature[row, :length].tolist()
-        return Sample(ids, rollout.behaviour_logprob[row, :length].tolist(), ended, temperature)
+    def _remember(self, contexts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """What the next sync is checked on."""
+        if len(contexts):
+            self._probe_prompts = list(contexts[: self.settings.probe_responses])
+            self._probe_temperature = sampling.temperature or 1.0
 
-    def _is_open(self, start: Sample, most: int) -> bool:
-        return not start.finished and len(start.ids) < most
-
-    def _continue(self, prompt: list[int], start: Sample, sampling: Sampling, seed: int) -> Request:
-        left = replace(sampling, max_tokens=sampling.max_tokens - len(start.ids))
-        return self._request(prompt + start.ids, 1, left, seed)
-
-    def _request(self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int) -> Request:
+    def _request(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, seed: int, stops: Sequence[str] = ()
+    ) -> Request:
         if not len(prompt):
             raise ValueError("a prompt is empty: a causal model needs at least one token to start from")
         if len(prompt) + sampling.max_tokens > self.backend.longest:
@@ -175,7 +171,9 @@ class VllmEngine:
             )
         # the last seeds of a group must stay inside 63 bits
         temper = sampling.temper if sampling.temperature else None
-        return Request(prompt, n, sampling.temperature, sampling.max_tokens, seed >> 1, self.stop_ids, temper)
+        return Request(
+            prompt, n, sampling.temperature, sampling.max_tokens, seed >> 1, self.stop_ids, temper, tuple(stops)
+        )
 
     def _generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
         groups = self.backend.generate(requests) if requests else []
@@ -332,6 +330,21 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine; a server that someone else started goes on."""
         self.backend.close()
+
+
+def _settings_of(start: Start, sampling: Sampling) -> Sampling:
+    if start.max_tokens < 1:
+        raise ValueError(f"a start has {len(start.ids)} tokens of context and room for {start.max_tokens}")
+    temperature = sampling.temperature if start.temperature is None else start.temperature
+    return replace(sampling, temperature=temperature, max_tokens=start.max_tokens)
+
+
+def _piece(sample: Sample, temperature: float) -> Piece:
+    n = len(sample.ids)
+    # a greedy choice is a point mass: log-prob 0, as the transformers engine records it
+    logprob = sample.logprob if temperature else [0.0] * n
+    own = sample.temperature or [temperature] * n
+    return Piece(sample.ids, logprob, own, finished=sample.finished, stopped=sample.stopped)
 
 
 def _names(name: str, key: str) -> bool:

@@ -25,6 +25,8 @@ class Request:
     """Of the first response; response i is drawn with `seed + i`, whatever else is in flight."""
     stop_ids: tuple[int, ...]
     temper: TemperatureRule | None = None
+    stops: tuple[str, ...] = ()
+    """Texts that end a response too; only what was sampled is looked through, with special tokens as text."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class Sample:
     ids: list[int]
     logprob: list[float]
     finished: bool
-    """False where the length limit cut it."""
+    """An end token came; the last one."""
     temperature: list[float] | None = None
     """Of every token, where the request had a rule; else it is the request's."""
+    stopped: bool = False
+    """A stop text came, which the last token completes. Neither: the length limit cut it."""
 
 
 class Backend(Protocol):

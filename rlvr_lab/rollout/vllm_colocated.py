@@ -126,7 +126,11 @@ class ColocatedVllm:
             seed=request.seed,
             stop_token_ids=list(request.stop_ids),
             logprobs=0,
-            detokenize=False,
+            detokenize=bool(request.stops),
+            stop=list(request.stops),
+            # the tokens of a stop text belong to the response, as an end token does
+            include_stop_str_in_output=bool(request.stops),
+            skip_special_tokens=False,
         )
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -183,7 +187,8 @@ def _sample(output: Any) -> Sample:
         raise RuntimeError(f"vLLM gave a response up: finish_reason is {output.finish_reason!r}")
     ids = list(output.token_ids)
     logprob = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
-    return Sample(ids, logprob, output.finish_reason == "stop")
+    stopped = isinstance(output.stop_reason, str)
+    return Sample(ids, logprob, output.finish_reason == "stop" and not stopped, stopped=stopped)
 
 
 def _temperatures(request: Request, sample: Sample, factors: Mapping[int, float]) -> list[float]:

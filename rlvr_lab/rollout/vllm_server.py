@@ -95,6 +95,9 @@ class ServerVllm:
             "max_tokens": request.max_tokens,
             "seed": request.seed,
             "stop_token_ids": list(request.stop_ids),
+            "stop": list(request.stops),
+            "include_stop_str_in_output": bool(request.stops),
+            "skip_special_tokens": False,
             "logprobs": 0,
             "return_token_ids": True,
             "add_special_tokens": False,
@@ -240,7 +243,9 @@ def _sample(choice: dict[str, Any]) -> Sample:
     ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
     if ids is None or logprobs is None:
         raise UserError("the server answers without token ids or log-probs: rollout.vllm.server must be a vLLM server")
-    return Sample(list(ids), [float(x) for x in logprobs["token_logprobs"]], choice["finish_reason"] == "stop")
+    stopped = isinstance(choice.get("stop_reason"), str)
+    finished = choice["finish_reason"] == "stop" and not stopped
+    return Sample(list(ids), [float(x) for x in logprobs["token_logprobs"]], finished, stopped=stopped)
 
 
 def write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "direct_labels",
     "figure",
     "line",
+    "rgba",
     "style_of",
 ]
 
@@ -92,7 +93,8 @@ def style_of(series: Series) -> Style:
     return SERIES[series]
 
 
-def _rgba(colour: str, alpha: float) -> str:
+def rgba(colour: str, alpha: float) -> str:
+    """A palette colour with opacity."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {alpha:g})"  # plotly-boot.js recognises exactly this spelling
 
@@ -128,7 +130,7 @@ def band(x: Numbers, low: Numbers, high: Numbers, *, name: str, series: Series) 
         mode="lines",
         line={"width": 0},
         fill="toself",
-        fillcolor=_rgba(style_of(series).colour, 0.18),
+        fillcolor=rgba(style_of(series).colour, 0.18),
         hoverinfo="skip",
     )
 

@@ -127,6 +127,9 @@ _TABLE = (
     Entry("reasoning_gym", ".reasoning", "ReasoningTask"),
     Entry("instructions", ".instructions", "InstructionsTask"),
     Entry("ifeval", ".ifeval", "IFEvalTask", "prompt, instruction_id_list and kwargs"),
+    Entry("triples", ".agents.triples", "TriplesTask"),
+    Entry("maze", ".agents.maze", "MazeTask"),
+    Entry("feedback", ".agents.feedback", "FeedbackTask"),
 )
 TASKS: Mapping[str, Entry] = {entry.name: entry for entry in _TABLE}
 
@@ -153,6 +156,8 @@ def task(name: str, settings: Mapping[str, Any] | None = None) -> Task[Any]:
         made: Task[Any] = TypeAdapter(found.load_class()).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+            raise cause from None  # the task's own check, which names the setting already
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"data.settings.{place}: {first['msg']} (got {first['input']!r})") from None
     return made

@@ -8,26 +8,31 @@
 The paper keeps responses that are "deep enough and fluent" as well; a least length stands for the first, and nothing
 for the second, because our verifiers have no opinion on style [inferred]. Every stage leaves a file, and the same
 command goes on from what is there. `difficulty.json` is what `methods.light_if.split` reads.
+
+`lengths: adaptive` keeps by length instead (ARES, see `adaptive_start`): right responses near the length that a prompt
+of this difficulty should have, easy prompts included.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..core.rollout import Rollout
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..methods.light_if import difficulty, digest
 from ..policy.load import Policy, load_policy
 from ..rollout.episodes import for_task
 from ..rollout.factory import make_engine
 from ..rollout.grading import grade
 from . import checkpoint, logs
+from .adaptive_start import adaptive_rows, length_ends
 from .collect import sampling_of
 from .config import TrainConfig
 from .console import Console, Silent
@@ -37,6 +42,7 @@ from .sft import Example, SFTSettings, fine_tune, measure
 
 HELD_OUT_SHARE = 0.1
 PROMPTS_AT_ONCE = 64
+Lengths = Literal["any", "adaptive"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,14 @@ class ColdStart:
     samples: int = 8
     per_prompt: int = 2
     least_tokens: int = 0
+    lengths: Lengths = "any"
+    tolerance: float = 0.25
 
     def __post_init__(self) -> None:
+        if self.lengths not in get_args(Lengths):
+            raise UserError(f"unknown --lengths '{self.lengths}'; {nearest(self.lengths, get_args(Lengths))}")
+        if not self.tolerance > 0:
+            raise UserError(f"--tolerance must be above 0, not {self.tolerance}")
         for name, least in (("samples", 2), ("per_prompt", 1), ("least_tokens", 0)):
             if getattr(self, name) < least:
                 option = name.replace("_", "-")
@@ -73,9 +85,14 @@ def cold_start(
     write_difficulty(out / "difficulty.json", problems.prompts, rates, settings.samples)
     sorted_: Counter[str] = Counter(difficulty(rate) for rate in rates)
     console.say(", ".join(f"{sorted_[name]} {name}" for name in ("hard", "pass", "easy")))
-    examples = [(problems.prompts[row["problem"]], row["ids"]) for row in kept_rows(rows, rates, settings)]
+    ends = _length_ends(rows, rates, settings)
+    examples = [
+        (problems.prompts[row["problem"]], row["ids"])
+        for row in (kept_rows(rows, rates, settings) if ends is None else _near(rows, rates, ends, settings, sft.seed))
+    ]
     if len(examples) < 2:
-        raise UserError(_nothing(sorted_, len(examples), settings, out))
+        few = _nothing(sorted_, len(examples), settings, out) if ends is None else _none_near(len(examples), ends)
+        raise UserError(few)
     taught, held_out = _divide(examples, sft.seed)
     before = measure(policy, held_out)
     console.begin("fine-tuning", sft.epochs * -(-len(taught) // sft.batch))
@@ -94,6 +111,8 @@ def cold_start(
         "settings": asdict(settings) | asdict(sft),
         "date": time.strftime("%F"),
     }
+    if ends is not None:
+        summary["lengths"] = {"never_solved": ends[0], "always_solved": ends[1]}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (out / "state.pt").unlink(missing_ok=True)
     return summary
@@ -110,6 +129,14 @@ def _nothing(found: Mapping[str, int], kept: int, settings: ColdStart, out: Path
     return (
         f"{kept} responses were kept and at least 2 are needed: lower --least-tokens (now {settings.least_tokens}), or "
         f"raise data.pool, with another --out than {out}"
+    )
+
+
+def _none_near(kept: int, ends: tuple[float, float]) -> str:
+    return (
+        f"{kept} right responses are near their target length ({ends[0]:g} tokens for a prompt that is never solved, "
+        f"{ends[1]:g} for one that always is) and at least 2 are needed: raise --tolerance or data.pool, with another "
+        "--out"
     )
 
 
@@ -214,6 +241,30 @@ def kept_rows(
         taken[i] += 1
         kept.append(row)
     return kept
+
+
+def _length_ends(
+    rows: Sequence[Mapping[str, Any]], rates: Sequence[float], settings: ColdStart
+) -> tuple[float, float] | None:
+    """L(0) and L(1) of an adaptive cold start, None for another. Raises UserError where one is unknown."""
+    if settings.lengths == "any":
+        return None
+    never, always = ends = length_ends(rows, rates)
+    for value, often, way in ((never, "never", "harder"), (always, "always", "easier")):
+        if math.isnan(value):
+            raise UserError(
+                f"no prompt is {often} solved, so that target lengths are unknown: use {way} data, raise data.pool, or "
+                "set --lengths any, with another --out"
+            )
+    return ends
+
+
+def _near(
+    rows: Sequence[Mapping[str, Any]], rates: Sequence[float], ends: tuple[float, float], settings: ColdStart, seed: int
+) -> list[Mapping[str, Any]]:
+    generator = numpy_generator(seed, "cold start brackets", 0)
+    cut = settings.tolerance, settings.per_prompt, settings.least_tokens
+    return adaptive_rows(rows, rates, ends, *cut, generator)
 
 
 def _divide(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

@@ -45,7 +45,49 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "no_answer": sum(a is None for a in rollout.answer) / len(rollout),
         "dead_groups": float(dead_groups(rollout.reward, rollout.group_id).float().mean()),
         "tokens": float(mask.sum()),
+        **turn_metrics(rollout),
     }
+
+
+def turn_metrics(rollout: Rollout) -> dict[str, float]:
+    """Figures of episodes; nothing where the rollout has no `turn_id`.
+
+    `turns`: turns of the policy per response; `tool_calls`: how many of them were answered. `early_token_entropy` and
+    `late_token_entropy`: mean token entropy, in nats, over the first and the last third of each response's turns, of
+    responses with at least two; nan where there is none. `invalid_episodes`: responses that an environment with the
+    point `invalid` charges for an action that it could not read.
+    """
+    if rollout.turn_id is None:
+        return {}
+    entropy, mask = rollout.statistics["token_entropy"], rollout.mask
+    spoken = _turns_with(mask, rollout.turn_id)
+    answered = _turns_with(rollout.response_mask & ~rollout.action_mask, rollout.turn_id)
+    count = spoken.sum(1, keepdim=True)
+    place = (spoken.cumsum(1) - 1).gather(1, rollout.turn_id.clamp_min(0))
+    several = mask & (rollout.turn_id >= 0) & (count >= 2)
+    invalid = rollout.reward_components.get("invalid")
+    told = {} if invalid is None else {"invalid_episodes": float((invalid < 0).float().mean())}
+    return told | {
+        "turns": float(count.float().mean()),
+        "tool_calls": float((spoken & answered).sum(1).float().mean()),
+        "early_token_entropy": _mean(entropy, several & (3 * place < count)),
+        "late_token_entropy": _mean(entropy, several & (3 * (count - 1 - place) < count)),
+    }
+
+
+def _turns_with(mask_BT: Tensor, turn_BT: Tensor) -> Tensor:
+    """Which turns [B, turns] of each response have a marked token; a negative turn is none."""
+    width = int(turn_BT.max().clamp_min(0)) + 1 if turn_BT.numel() else 1
+    marked = (mask_BT & (turn_BT >= 0)).long()
+    return (
+        torch.zeros(len(turn_BT), width, dtype=torch.long, device=turn_BT.device)
+        .scatter_add_(1, turn_BT.clamp_min(0), marked)
+        .gt(0)
+    )
+
+
+def _mean(values_BT: Tensor, mask_BT: Tensor) -> float:
+    return float(values_BT[mask_BT].mean()) if bool(mask_BT.any()) else math.nan
 
 
 def sampler_metrics(

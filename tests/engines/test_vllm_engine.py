@@ -1,4 +1,4 @@
-"""`VllmEngine` on vLLM itself, in this process, on a CPU: samples, seeds, weight syncs, resumed responses, adapters.
+"""`VllmEngine` on vLLM itself, in this process, on a CPU: samples, seeds, weight syncs, prefixes, adapters.
 
 Run by `nox -s vllm`; skipped where vLLM is not installed.
 """
@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path as FilePath
 
 import pytest
 
@@ -20,14 +20,17 @@ else:
 
 import torch
 
+from rlvr_lab.core.paths import Path, Start, to_rollout
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.policy.forward import scored
 from rlvr_lab.policy.load import Policy, load_policy
 from rlvr_lab.rollout.engine import Sampling
+from rlvr_lab.rollout.episodes import EpisodeEngine, actions_of
+from rlvr_lab.rollout.grading import grade
 from rlvr_lab.rollout.vllm import VllmEngine
 from rlvr_lab.rollout.vllm_settings import VllmSection
-from rlvr_lab.tasks import countdown
+from rlvr_lab.tasks import countdown, registry
 
 TOLERANCE = 5e-5
 """Nats; the rounding of two float32 programs, see test_vllm_opens_shipped."""
@@ -128,26 +131,136 @@ def test_stop_tokens_end_a_response(engine: VllmEngine) -> None:
     assert bool(stopped.finished[(body.gather(1, ends[:, None]).squeeze(1) == stop)].all())
 
 
-def test_resumed_responses_keep_their_beginning(engine: VllmEngine) -> None:
-    first = engine.sample(PROMPTS, 4, HOT, seeded(), version=1)
-    kept = torch.arange(len(first)) % 7
-    resumed = engine.resume(first, kept, HOT, seeded(9), version=4)
-    for i, n in enumerate(kept.tolist()):
-        n = min(n, int(first.lengths[i]))
-        assert torch.equal(resumed.response_ids[i, :n], first.response_ids[i, :n])
-        assert torch.equal(resumed.behaviour_logprob[i, :n], first.behaviour_logprob[i, :n])
-    assert not torch.equal(resumed.response_ids[:, :12], first.response_ids[:, :12])
-    assert worst(engine.policy, resumed) < TOLERANCE  # the continuation was sampled behind its prefix
-    assert torch.equal(resumed.group_id, first.group_id)
-    assert resumed.policy_version.unique().tolist() == [1]
-    assert torch.equal(resumed.require("prefix_length", "test"), torch.minimum(kept, first.lengths))
+# -- prefixes ---------------------------------------------------------------------------------------------------------
 
 
-def test_whole_responses_are_not_continued(engine: VllmEngine) -> None:
-    first = engine.sample(PROMPTS, 2, HOT, seeded())
-    resumed = engine.resume(first, first.lengths, HOT, seeded(9))
-    assert torch.equal(resumed.response_ids[first.finished], first.response_ids[first.finished])
-    assert torch.equal(resumed.finished, first.finished)
+def grown(engine: VllmEngine, paths: list[Path], most: int = 28, seed: int = 0, stops: tuple[str, ...] = ()) -> None:
+    """Every path by one piece."""
+    pieces = engine.extend([p.start(most - len(p)) for p in paths], Sampling(0.7, 1), seeded(seed), stops=stops)
+    for path, piece in zip(paths, pieces, strict=True):
+        path.add(piece)
+
+
+def roots(count: int = 12) -> list[Path]:
+    """Empty paths, two of each prompt."""
+    return [Path(i // 2, i // 2, i // 2, i % 2, PROMPTS[i // 2]) for i in range(count)]
+
+
+def rollout_of(engine: VllmEngine, paths: list[Path]) -> Rollout:
+    return to_rollout(paths, pad_id=engine.policy.pad_id, version=0)
+
+
+def test_branches_from_ragged_prefixes_have_the_logprobs_of_whole_sequences(engine: VllmEngine) -> None:
+    paths = roots()
+    grown(engine, paths)
+    branches = [p.branch(2 + p.number, min(i % 7, len(p))) for i, p in enumerate(paths)]
+    grown(engine, branches, seed=9)
+    rollout = rollout_of(engine, [*paths, *branches])
+    assert worst(engine.policy, rollout) < TOLERANCE  # what follows was sampled behind its prefix
+    for i, (path, branch) in enumerate(zip(paths, branches, strict=True)):
+        n = branch.prefix_length
+        assert n == min(i % 7, len(path))
+        assert branch.ids[:n] == path.ids[:n]
+        assert branch.logprob[:n] == path.logprob[:n]
+    assert sum(b.ids != p.ids for b, p in zip(branches, paths, strict=True)) > 4
+    assert int(rollout.sampled.sum()) == sum(p.generated for p in [*paths, *branches])
+
+
+def test_a_key_decides_the_draw_whatever_is_in_flight(engine: VllmEngine) -> None:
+    starts = [Start([*PROMPTS[i % 6], *PROMPTS[0][: i % 5]], 10, 0.6 + 0.1 * (i % 4), key=i) for i in range(24)]
+    together = engine.extend(starts, HOT, seeded())
+    for i in (0, 7, 23):
+        (alone,) = engine.extend([starts[i]], HOT, seeded())
+        assert alone.ids == together[i].ids
+        assert alone.logprob == pytest.approx(together[i].logprob, abs=TOLERANCE)
+    assert engine.extend(starts[::-1], HOT, seeded())[0].ids == together[-1].ids
+    assert all(p.temperature == [s.temperature] * len(p.ids) for p, s in zip(together, starts, strict=True))
+
+
+@pytest.mark.parametrize("text", ["</think>", "yes </think>"], ids=["one token", "several tokens"])
+def test_a_stop_text_ends_a_piece_with_exactly_its_tokens(engine: VllmEngine, text: str) -> None:
+    decode, whole, cut = engine.policy.decode, roots(), roots()
+    grown(engine, whole)
+    grown(engine, cut, stops=("never said", text))
+    assert sum(not p.finished for p in cut) >= 4
+    for path, full in zip(cut, whole, strict=True):
+        n = next((n for n in range(1, len(full) + 1) if text in decode(full.ids[:n])), len(full))
+        assert path.ids == full.ids[:n]  # the same numbers up to the token that completes the text
+        assert len(path.logprob) == n
+    assert worst(engine.policy, rollout_of(engine, cut)) < TOLERANCE
+    again = engine.extend([p.start(28) for p in cut], Sampling(0.7, 1), seeded(1), stops=(text,))
+    assert sum(p.finished and not p.stopped for p in again) >= 4
+    assert [p.stopped for p in again] == [text in decode(list(p.ids)) for p in again]
+
+
+def test_a_stop_text_may_be_a_special_token(engine: VllmEngine) -> None:
+    end = engine.policy.tokenizer.eos_token
+    engine.stop_ids = ()  # what remains is the text
+    try:
+        pieces = engine.extend([p.start(28) for p in roots()], HOT, seeded(), stops=(end,))
+    finally:
+        engine.stop_ids = engine.policy.eos_ids
+    ended = [p for p in pieces if p.ids[-1] == countdown.EOS]
+    assert len(ended) >= 6
+    assert all(p.stopped or p.finished for p in ended)
+
+
+def test_entropies_of_what_vllm_sampled_come_from_the_trainer(engine: VllmEngine) -> None:
+    paths = roots(4)
+    grown(engine, paths)
+    assert all(p.entropy is None for p in paths)
+    engine.with_entropy(paths)
+    expected = scored(engine.policy.model, rollout_of(engine, paths), 64)[1]
+    for path, row in zip(paths, expected, strict=True):
+        assert path.entropy == pytest.approx(row[: len(path)].tolist(), abs=1e-5)
+
+
+def test_equal_beginnings_are_read_once(tmp_path: FilePath) -> None:
+    """vLLM shares whole blocks of its cache, which have 128 tokens on a CPU: the model needs a wider window."""
+    policy = load_policy("tiny/S")
+    policy.model.config.max_position_embeddings = 512
+    policy.model.save_pretrained(tmp_path)
+    policy.tokenizer.save_pretrained(tmp_path)
+    engine = VllmEngine(load_policy(str(tmp_path)), VllmSection(eager=True))
+    try:
+        run, seen = engine.backend._run, []
+        engine.backend._run = lambda *given: seen.append(run(*given)) or seen[-1]
+        block = engine.backend.llm.llm_engine.vllm_config.cache_config.block_size
+        context = (PROMPTS[0] * 60)[: 3 * block + 5]
+        engine.extend([Start(context, 4)], HOT, seeded())
+        engine.extend([Start([*context, 5], 4), Start(context[: block + 1], 4)], HOT, seeded())
+        assert [o.num_cached_tokens for outputs in seen for o in outputs] == [0, 3 * block, block]
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", ["triples", "maze"])
+def test_episodes_are_played_with_vllm(name: str) -> None:
+    """Turns end at the environment's stops; what it says is no action; verdicts are those of a replay."""
+    task = registry.task(name)
+    problems = registry.entry(name).problems(task, 6, 0, evaluation=True)
+    inner = VllmEngine(load_policy("tiny/A"), VllmSection(eager=True))
+    try:
+        engine = EpisodeEngine(inner, task, problems)
+        prompts = [task.prompt_ids(p, inner.policy.tokenizer) for p in problems]
+        rollout = engine.sample(prompts, 3, Sampling(1.0, 120), seeded(), problem_ids=range(6))
+        again = engine.sample(prompts, 3, Sampling(1.0, 120), seeded(), problem_ids=range(6))
+        assert torch.equal(rollout.response_ids, again.response_ids)
+        assert worst(inner.policy, rollout) < TOLERANCE  # sampled behind what the environment had said
+        told = rollout.response_mask & ~rollout.action_mask
+        assert bool(told.any(1).any())
+        assert bool((rollout.behaviour_logprob[told] == 0).all())
+        graded = grade(rollout, task, problems, inner.policy)
+        assert graded.correct is not None
+        for i in range(len(rollout)):
+            actions = actions_of(rollout, i, inner.policy)
+            verdict = task.verdict(problems[i // 3], actions, bool(rollout.finished[i]))
+            assert verdict.correct == bool(graded.correct[i])
+            inside = [a for a in actions[:-1] if not a.endswith(tuple(task.stops))]
+            assert all(len(inner.policy.encode(a)) <= task.turn_tokens for a in inside)
+        assert sum(a.endswith(tuple(task.stops)) for a in actions_of(rollout, 0, inner.policy)) >= 1
+    finally:
+        inner.close()
 
 
 def test_sync_after_a_real_step_agrees_and_forgets_cached_prefixes(engine: VllmEngine) -> None:
@@ -187,7 +300,7 @@ def test_an_overlong_prompt_is_refused(engine: VllmEngine) -> None:
         engine.sample([PROMPTS[0] * 20], 2, HOT, seeded())
 
 
-def test_a_tied_head_follows_although_vllm_alone_would_keep_the_old_one(tmp_path: Path) -> None:
+def test_a_tied_head_follows_although_vllm_alone_would_keep_the_old_one(tmp_path: FilePath) -> None:
     """vLLM packs the head on a CPU. A trainer names tied weights once, by the embedding: the packed head stays."""
     tied = tied_policy(tmp_path)
     engine = VllmEngine(tied, VllmSection(eager=True))
@@ -204,7 +317,7 @@ def test_a_tied_head_follows_although_vllm_alone_would_keep_the_old_one(tmp_path
         engine.close()
 
 
-def tied_policy(folder: Path) -> Policy:
+def tied_policy(folder: FilePath) -> Policy:
     policy = load_policy("tiny/S")
     policy.model.config.tie_word_embeddings = True
     policy.model.set_output_embeddings(torch.nn.Linear(96, len(countdown.VOCABULARY), bias=False))
@@ -214,7 +327,7 @@ def tied_policy(folder: Path) -> Policy:
     return load_policy(str(folder))
 
 
-def test_an_adapter_is_served(tmp_path: Path) -> None:
+def test_an_adapter_is_served(tmp_path: FilePath) -> None:
     """A LoRA adapter on disk, as peft writes it, against the same low-rank change merged into the trainer's weights."""
     policy = load_policy("tiny/S")
     rank, alpha = 4, 8
@@ -238,7 +351,7 @@ def test_an_adapter_is_served(tmp_path: Path) -> None:
         engine.close()
 
 
-def save_adapter(folder: Path, tensors: dict[str, torch.Tensor], rank: int, alpha: int) -> None:
+def save_adapter(folder: FilePath, tensors: dict[str, torch.Tensor], rank: int, alpha: int) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, folder / "adapter_model.safetensors")

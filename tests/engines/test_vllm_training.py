@@ -22,6 +22,8 @@ else:
 import torch
 from safetensors.torch import load_file
 
+from rlvr_lab.core.paths import Path as ResponsePath
+from rlvr_lab.core.paths import to_rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.policy.forward import scored
 from rlvr_lab.policy.load import load_policy
@@ -86,6 +88,21 @@ def test_three_steps_with_vllm(tmp_path: Path) -> None:
     assert again[0]["behaviour_logprob"] == pytest.approx(rows[0]["behaviour_logprob"], abs=1e-6)
 
 
+def extended(engine: VllmEngine, prompts: list[list[int]]) -> None:
+    """Ragged prefixes and a stop text of two tokens, over HTTP."""
+    text = "yes </think>"
+    paths = [ResponsePath(i // 2, i // 2, i // 2, i % 2, prompts[i // 2]) for i in range(12)]
+    for most, seed in ((4, 0), (28, 1)):
+        starts = [p.start(most - i % 3) for i, p in enumerate(paths)]
+        pieces = engine.extend(starts, Sampling(0.7, 1), torch.Generator().manual_seed(seed), stops=(text,))
+        for path, piece in zip(paths, pieces, strict=True):
+            assert piece.stopped == (text in engine.policy.decode(list(piece.ids)))
+            assert text not in engine.policy.decode(list(piece.ids[:-1]))
+            path.add(piece)
+    assert sum(piece.stopped for piece in pieces) >= 3
+    assert worst(engine.policy, to_rollout(paths, pad_id=engine.policy.pad_id, version=0)) < 5e-5
+
+
 def test_a_server(tmp_path: Path) -> None:
     """Samples, a port in use, new weights, and one training step, all against one server."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -108,6 +125,7 @@ def test_a_server(tmp_path: Path) -> None:
         again = engine.sample(prompts, 4, settings, torch.Generator().manual_seed(0))
         assert torch.equal(first.response_ids, again.response_ids)
         assert worst(policy, first) < 5e-5
+        extended(engine, prompts)
         with torch.no_grad():
             policy.model.lm_head.weight += 0.05 * torch.randn(
                 policy.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)

@@ -156,12 +156,20 @@ class Chooses(Method):
     def select(self) -> None: ...
 
 
+class Replays(Method):
+    slug = "replays"
+
+    def replay(self) -> None: ...
+
+
 class Bundles(Method):
     slug = "bundles"
     requires = ("bundle_id",)
 
 
-@pytest.mark.parametrize(("method", "reason"), [(Chooses(), "hook 'select'"), (Bundles(), "needs 'bundle_id'")])
+@pytest.mark.parametrize(
+    ("method", "reason"), [(Chooses(), "hook 'select'"), (Replays(), "hook 'replay'"), (Bundles(), "needs 'bundle_id'")]
+)
 def test_what_trl_lacks_is_said_with_the_method(method: Method, reason: str) -> None:
     found = unsupported(compose([build("grpo", {}), method]))
     assert found is not None

@@ -19,11 +19,16 @@ from rlvr_lab.integrations.trl_export import export
 from rlvr_lab.policy.load import load_policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
 from rlvr_lab.rollout.grading import grade as rollout_graded
+from rlvr_lab.tasks.registry import TASKS
 from rlvr_lab.train.config import load_config, packaged_recipes
 
 CARRIED, REFUSED = [], []
 for _recipe in sorted(packaged_recipes()):
-    (REFUSED if unsupported(pipeline_of(load_config(_recipe).methods)) else CARRIED).append(_recipe)
+    _config = load_config(_recipe)
+    if unsupported(pipeline_of(_config.methods)):
+        REFUSED.append(_recipe)
+    elif not hasattr(TASKS[_config.data.task].load_class(), "step"):
+        CARRIED.append(_recipe)
 
 
 @pytest.mark.parametrize("recipe", CARRIED)
@@ -45,7 +50,20 @@ def test_the_others_are_refused_by_the_name_of_the_method(recipe: str, tmp_path:
     slug = recipe.partition("/")[0]
     with pytest.raises(UserError, match=f"TRL cannot carry '{slug}'"):
         export(load_config(recipe), tmp_path / "out")
-    assert slug in {"arbitrary_entropy", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"}
+    assert slug in {"arbitrary_entropy", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"} | {
+        "agentic_aepo", "cure", "ettrl", "spear",
+    }  # fmt: skip
+
+
+def test_an_environment_is_refused_by_its_name(tmp_path: Path) -> None:
+    """The methods could be carried, the turns cannot."""
+    for task in ("triples", "maze", "feedback"):
+        config = load_config("grpo/tiny", [f"data.task={task}"])
+        with pytest.raises(UserError, match=f"data.task '{task}' is an environment .* rlvr-lab train"):
+            export(config, tmp_path / "out")
+        with pytest.raises(UserError, match=f"data.task '{task}' is an environment"):
+            training_data(config, load_policy("tiny/S", device="cpu"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_lora_and_shards_are_carried_over(tmp_path: Path) -> None:

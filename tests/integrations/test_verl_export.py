@@ -29,7 +29,9 @@ from rlvr_lab.train.config import TrainConfig, load_config, packaged_recipes
 MATH = [name for name in packaged_recipes() if load_config(name).data.task == "math"]
 REFUSED = [name for name in MATH if obstacles(pipeline_of(load_config(name).methods).methods, "b")]
 
-OURS_ALONE = {"arbitrary_entropy", "copo", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"}
+OURS_ALONE = {"arbitrary_entropy", "copo", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"} | {
+    "agentic_aepo", "cure", "ettrl", "spear",
+}  # fmt: skip
 
 
 def config(*overrides: str) -> TrainConfig:
@@ -186,6 +188,21 @@ def test_a_setting_that_needs_more_changes_the_tier() -> None:
     plain, penalised = (build("reinforce_plus_plus", {"preset": "released", "kl_penalty": k}) for k in (0.0, 0.1))
     assert obstacles([plain], "a") == []
     assert "needs 'ref_logprob'" in obstacles([penalised], "a")[0]
+
+
+def test_an_environment_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.task 'maze' is an environment .* rlvr-lab train"):
+        verl_export.export(load_config("grpo/tiny", ["data.task=maze"]), tmp_path / "out")
+
+
+def test_a_method_that_replays_is_carried_nowhere() -> None:
+    class Buffer(Method):
+        slug = "buffer"
+
+        def replay(self) -> None: ...
+
+    for tier in ("a", "b"):
+        assert "responses of earlier steps" in obstacles([Buffer()], tier)[0]
 
 
 def test_a_method_that_samples_is_carried_nowhere() -> None:

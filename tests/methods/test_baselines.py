@@ -458,6 +458,16 @@ def test_overlong_punishes_long_responses(record: Rollout) -> None:
     assert total.require("reward", by="test").tolist() == pytest.approx([0.5, -0.25, 0, 1, 0, 0.2])
 
 
+def test_overlong_does_not_count_what_a_tool_said(record: Rollout) -> None:
+    settings = {"max_length": 4, "buffer": 2, "factor": 0.5}
+    action = record.action_mask.clone()
+    action[0, :2] = False
+    (plain,) = made("overlong", "released", **settings).reward(record).values()
+    (told,) = made("overlong", "released", **settings).reward(record.with_(action_mask=action)).values()
+    assert told[0] == plain[0] + 0.5 * 2 / 2
+    assert torch.equal(told[1:], plain[1:])
+
+
 def test_overlong_filtering_masks_cut_responses_and_keeps_the_baseline(record: Rollout) -> None:
     method = made("overlong", "filtering")
     assert method.reward(record) == {}

@@ -36,7 +36,9 @@ WIDER: dict[str, dict[str, Any]] = {
     "overlong": {"max_length": 20, "buffer": 10},
     "canon": {"max_length": 20},
     "riskpo": {"bundle_size": 2},
+    "spear": {"length": 20},
     "one_shot": {"entropy_coefficient": 0.1},
+    "ares": {"trigger_words": ["=", "yes"]},
 }
 
 

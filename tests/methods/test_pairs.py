@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "siren": {"anchor": "none", "coefficient": 0.5},  # a first step has no distance from its anchor
     "overlong": {"max_length": 8, "buffer": 6},
     "riskpo": {"bundle_size": 2},
+    "spear": {"length": 8},
     "spurious_rewards": {"rule": "random"},
 }
 PAIRS = list(combinations(trainable(), 2))

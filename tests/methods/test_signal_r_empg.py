@@ -16,8 +16,12 @@ from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.methods import build, compose, empg
 from rlvr_lab.methods.empg import EMPG, EMPGConfig, number_steps
-from rlvr_lab.policy.load import Policy
+from rlvr_lab.policy.load import Policy, load_policy
+from rlvr_lab.rollout.engine import Sampling, TransformersEngine
+from rlvr_lab.rollout.episodes import for_task
+from rlvr_lab.tasks.agents.maze import MazeTask
 from rlvr_lab.testing.golden import replay_file
+from rlvr_lab.train.config import load_config
 
 SEEDS = st.integers(0, 10_000)
 
@@ -153,6 +157,54 @@ def test_a_negative_turn_belongs_to_no_step() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_markers_are_steps_within_turns_too_where_they_are_asked_for() -> None:
+    """What an agent is told ends no step: its tokens are no actions."""
+    rollout = turns().with_(response_ids=torch.full((8, 12), 4))
+    ids = rollout.response_ids.clone()
+    ids[0, [1, 5]] = 7  # an action of turn 0, an observation of turn 1
+    method = EMPG(EMPGConfig(steps="marker", markers=("=",)))
+    method.bind(lambda text: [7 if text == "=" else 3])
+    found = method.steps(rollout.with_(response_ids=ids))
+    assert torch.bincount(found.index[0][rollout.mask[0]]).tolist() == [2, 6]
+
+
+def test_a_rollout_of_single_turns_is_said_once() -> None:
+    method = EMPG()
+    for _ in range(2):
+        method.advantage(make_rollout([4, 3, 5, 2]))
+    (text,) = method.notices()
+    assert "no response has a second turn" in text
+    method.advantage(turns())
+    assert method.notices() == []
+    assert EMPG().advantage(turns()).any()
+
+
+def test_turns_of_played_episodes_are_steps() -> None:
+    policy, task = load_policy("tiny/A", device="cpu"), MazeTask(max_turns=5)
+    problems = task.problems(3, 0)
+    engine = for_task(TransformersEngine(policy), task, problems)
+    prompts = [task.prompt_ids(problem) for problem in problems]
+    rollout = engine.sample(prompts, 4, Sampling(max_tokens=64), generator())
+    rollout = rollout.with_(reward=torch.tensor([1.0, 0.0, 0.0, 1.0] * 3))
+    steps = EMPG().steps(rollout)
+    assert rollout.turn_id is not None
+    turns_played = [len(set(t[m].tolist())) for t, m in zip(rollout.turn_id, rollout.mask, strict=True)]
+    assert torch.bincount(steps.row).tolist() == turns_played
+    assert max(turns_played) > 1
+    value = EMPG().advantage(rollout)
+    assert not value[~rollout.mask].any()
+    assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("slug", ["empg", "epo"])
+def test_the_recipe_on_long_episodes_is_read(slug: str) -> None:
+    config = load_config(f"{slug}/maze_tiny")
+    assert (config.data.task, config.model.path) == ("maze", "tiny/A")
+    method = build(slug, config.methods[slug])
+    assert getattr(method.config, "horizon", config.steps) == config.steps
+    assert getattr(method.config, "steps", "turn") == "turn"
+
+
 def test_segments_serve_where_there_are_no_turns() -> None:
     rollout = turns()
     by_segment = rollout.with_(segment_id=rollout.turn_id, turn_id=None)
@@ -189,20 +241,20 @@ def test_the_tiny_lab_has_a_step_per_operation_and_one_for_the_answer(tiny_s: Po
 
 
 def test_markers_that_never_occur_are_said_once_and_every_response_is_one_step() -> None:
-    method = EMPG(EMPGConfig(markers=("=",)))
+    method = EMPG(EMPGConfig(steps="marker", markers=("=",)))
     method.bind(lambda text: [5 if text == "=" else 3])
     pipeline = compose([method])
     rollout = make_rollout([4, 3, 5, 2])
     for _ in range(2):
         assert pipeline.advantage(rollout).isfinite().all()
     (text,) = pipeline.notices()
-    assert "methods.empg.markers is ['=']" in text
+    assert "none of methods.empg.markers ['='] occurs" in text
     assert pipeline.notices() == []
     assert method.metrics()["steps"] == 1
 
 
 def test_markers_must_be_bound_and_have_tokens() -> None:
-    method = EMPG(EMPGConfig(markers=("=", "@")))
+    method = EMPG(EMPGConfig(steps="marker", markers=("=", "@")))
     with pytest.raises(UserError, match=r"methods\.empg\.markers are not token ids yet: call bind"):
         method.advantage(make_rollout([4, 3]))
     with pytest.raises(UserError, match=r"methods\.empg\.markers holds '@', which has no token in"):
@@ -284,6 +336,8 @@ def test_steps_are_numbered_along_each_response(seed: int) -> None:
         ({"markers": "</think>"}, "markers"),
         ({"markers": ["", "="]}, "markers"),
         ({"markers": [7]}, "markers"),
+        ({"markers": ["="]}, "markers"),
+        ({"steps": "marker"}, "markers"),
     ],
 )
 def test_settings_outside_their_range_are_named(changes: dict[str, Any], setting: str) -> None:

@@ -16,6 +16,7 @@ from rlvr_lab.plan.gate import processor
 from rlvr_lab.plan.job import Job, job_of
 from rlvr_lab.plan.memory import PHASES, Memory, Part, head_bytes, layer_activations, memory
 from rlvr_lab.plan.shapes import shape_from
+from rlvr_lab.tasks import registry as tasks
 from rlvr_lab.train.config import load_config
 
 HALF = "model.path=Qwen/Qwen2.5-0.5B"
@@ -67,6 +68,36 @@ def test_adapters_train_alone() -> None:
     assert found.trained == trained
     assert part(found, "gradients").largest == 4 * trained  # peft keeps adapters in float32
     assert part(found, "weights").largest == 2 * 494_032_768 + 4 * trained
+
+
+def test_replayed_responses_are_part_of_the_record() -> None:
+    plain, replays = job(), job("methods.spear={buffer: 300}")
+    assert (plain.replayed, replays.replayed) == (0, 300)
+    assert job("methods.spear={buffer: 300, schedule: never}").replayed == 0
+    each = part(job("methods.spear={schedule: never}"), "rollout record").largest / plain.responses
+    assert part(replays, "rollout record").largest == pytest.approx(each * (plain.responses + 300))
+    packed = [replace(j, packed_tokens=10**9, minibatches=1) for j in (plain, replays)]
+    assert packed[1].pass_tokens - packed[0].pass_tokens == 300 * plain.longest
+
+
+@pytest.mark.parametrize("task", ["countdown", "instructions", "triples", "maze", "feedback"])
+def test_prompts_of_the_tiny_lab_are_counted(task: str) -> None:
+    """Against those a run would sample, in the words of the tiny vocabularies."""
+    found = job_of(load_config("grpo/tiny", [f"data.task={task}"]), device("L4"))
+    which = tasks.task(task)
+    lengths = {len(which.prompt_ids(p, None)) for p in tasks.entry(task).problems(which, 64, 0)}
+    assert found.prompt_tokens == max(lengths) < 100
+    assert found.padded == (len(lengths) > 1)
+    assert found.turns == getattr(which, "max_turns", 1)
+
+
+def test_prompts_of_a_real_tokenizer_are_assumed() -> None:
+    """A chat model is told what an environment is; Countdown's words are the same for every model."""
+    found = {
+        task: job_of(load_config("grpo/math", ["data.file=null", f"data.task={task}"]), device("L4"))
+        for task in ("triples", "countdown", "reasoning_gym")
+    }
+    assert [(j.prompt_tokens, j.padded) for j in found.values()] == [(512, True), (8, False), (512, True)]
 
 
 def test_the_cache_of_rows_in_flight_by_hand() -> None:

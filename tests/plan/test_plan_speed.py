@@ -57,6 +57,14 @@ def test_passes_that_methods_ask_for_are_counted() -> None:
     assert extra <= names(*everything)
 
 
+def test_episodes_are_read_again_at_every_turn() -> None:
+    found = replace(job("rollout.engine=transformers"), turns=6)
+    again = 2 * found.own_responses * 200 * flops_per_token(found, 100) / 19.5e12
+    assert seconds(speed(found, EXACT), "read episodes again") == pytest.approx(again)
+    for other in (replace(found, turns=1), replace(found, engine="vllm")):
+        assert "read episodes again" not in {part.name for part in speed(other, EXACT).parts}
+
+
 def test_dynamic_sampling_samples_more() -> None:
     plain, dynamic = (speed(job(*o), EXACT) for o in ((), ("methods.dynamic_sampling={}",)))
     assert seconds(dynamic, "sample") == pytest.approx(2 * seconds(plain, "sample"))

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlvr_lab.errors import UserError
 from rlvr_lab.policy import pretrain as module
 from rlvr_lab.policy.load import load_policy
 from rlvr_lab.policy.pretrain import SHIPPED, PretrainConfig, pretrain
 from rlvr_lab.tasks import countdown
+from rlvr_lab.tasks.agents import words
 
 # four steps and then two of the second phase, whose shard is its own
 SMALL = PretrainConfig(steps=4, broaden_steps=2, batch=8, shard=32, warmup=2, save_every=2)
@@ -103,6 +105,23 @@ def test_base_i_learns_demonstrations_of_instructions(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(math.log(128), abs=0.3)
     with pytest.raises(UserError, match="does not learn from Countdown traces"):
         _ = small.traces
+
+
+def test_base_a_learns_demonstrations_of_the_environments(tmp_path: Path) -> None:
+    """In its own vocabulary, and without a loss on what the environments say: no gradient asks for those words."""
+    small = replace(SMALL, base="A", steps=2, broaden_steps=0)
+    sequences = [s for batch in module._batches(small, 0) for s in batch]
+    assert all(words.ID["?"] in s and s[-1] == words.ID["<eos>"] for s in sequences)
+    assert min(s.index(words.ID["?"]) + 1 for s in sequences) >= small.prompt_tokens
+    losses: list[float] = []
+    pretrain(small, tmp_path / "base", lambda step, loss, factor: losses.append(loss))
+    assert losses[0] == pytest.approx(math.log(192), abs=0.3)
+    tokens, mask = module._pad(sequences, small.learned)
+    told = [words.ID[word] for word in ("<result>", "</result>", "none", "invalid", "?", "query")]
+    assert not torch.isin(tokens[mask], torch.tensor(told)).any()
+    assert (tokens == words.ID["<result>"]).sum() > len(sequences) / 2
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert (config["vocab_size"], config["max_position_embeddings"]) == (192, 256)
 
 
 @pytest.mark.parametrize("base", list(SHIPPED))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +13,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from rlvr_lab.policy import tiny
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.tasks import countdown
+from rlvr_lab.tasks.registry import task
 
 BASES = pytest.mark.parametrize("base", list(tiny.BASES))
 
 
+def prompts(base: str) -> list[tuple[Any, list[int]]]:
+    """Problems of the base's tasks with their own token ids."""
+    if base != "A":
+        return [(problem, list(problem.prompt_ids)) for problem in countdown.problems(20, 1)]
+    made = [task(name) for name in ("triples", "maze", "feedback")]
+    return [(problem, each.prompt_ids(problem, None)) for each in made for problem in each.problems(20, 1)]  # type: ignore[attr-defined]
+
+
 @BASES
 def test_the_shipped_tokenizer_is_the_vocabulary_and_goes_round(base: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny.shipped(base))
-    assert len(tokenizer) == len(countdown.VOCABULARY) == 128
-    text = " ".join(countdown.VOCABULARY)
+    tokenizer, words = AutoTokenizer.from_pretrained(tiny.shipped(base)), tiny.lexicon(base).words
+    assert len(tokenizer) == len(words) == (192 if base == "A" else 128)
+    text = " ".join(words)
     ids = tokenizer(text)["input_ids"]
-    assert ids == list(range(128))
+    assert ids == list(range(len(words)))
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
-    for problem in countdown.problems(20, 1):
-        assert tokenizer(problem.prompt)["input_ids"] == list(problem.prompt_ids)
+    for problem, own in prompts(base):
+        assert tokenizer(problem.prompt)["input_ids"] == own
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
         countdown.BOS, countdown.EOS, countdown.PAD,
     )  # fmt: skip
@@ -36,18 +46,21 @@ def test_the_shipped_tokenizer_is_the_vocabulary_and_goes_round(base: str) -> No
 def test_the_shipped_model_opens_with_transformers_alone(base: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny.shipped(base))
     assert model.config.model_type == "llama"
-    assert sum(p.numel() for p in model.parameters()) == 422_976
+    words = len(tiny.lexicon(base).words)
+    assert sum(p.numel() for p in model.parameters()) == 422_976 + 2 * tiny.SHAPES["tiny"].hidden * (words - 128)
+    assert model.config.max_position_embeddings == tiny.lexicon(base).positions
     assert model.config.head_dim == tiny.EXPORTED_HEAD_WIDTH
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
-    logits = model(input_ids=torch.tensor([countdown.problems(1, 0)[0].prompt_ids])).logits
-    assert logits.shape == (1, countdown.PROMPT_TOKENS, 128)
+    ids = prompts(base)[0][1]
+    logits = model(input_ids=torch.tensor([ids])).logits
+    assert logits.shape == (1, len(ids), words)
     assert torch.isfinite(logits).all()
 
 
 @BASES
 def test_the_shipped_tokenizer_is_the_one_the_code_builds(base: str, tmp_path: Path) -> None:
-    tiny.build_tokenizer().save_pretrained(tmp_path)
+    tiny.build_tokenizer(tiny.lexicon(base)).save_pretrained(tmp_path)
     shipped = (tiny.shipped(base) / "tokenizer.json").read_text()
     assert (tmp_path / "tokenizer.json").read_text() == shipped
 

@@ -13,6 +13,8 @@ import torch
 from builders import TINY_RUN
 from torch import Tensor
 
+from rlvr_lab.core.paths import Path as ResponsePath
+from rlvr_lab.core.paths import to_rollout
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.core.temperature import TemperatureRule
 from rlvr_lab.errors import UserError
@@ -178,17 +180,18 @@ def test_vllm_records_what_its_tokens_were_sampled_at(tiny_s: Policy) -> None:
 
 
 def test_a_tempered_response_is_continued_at_the_same_base(tiny_s: Policy) -> None:
-    backend: Any = Backend(tiny_s)
-    engine = VllmEngine(tiny_s, backend=backend)
+    engine = VllmEngine(tiny_s, backend=Backend(tiny_s))
     sampling = replace(BASE, temper=RULE)
-    first = engine.sample(PROMPTS, 2, sampling, seeded())
-    kept = torch.arange(len(first)) % 4
-    resumed = engine.resume(first, kept, sampling, seeded(3))
-    own, _ = at_own_temperature(tiny_s, resumed)
-    torch.testing.assert_close(resumed.behaviour_logprob[resumed.mask], own[resumed.mask], rtol=0, atol=1e-4)
-    assert resumed.policy_temperature == 1.3
-    with pytest.raises(UserError, match="keep the temperature"):
-        engine.resume(first, kept, replace(sampling, temperature=1.0), seeded(3))
+    paths = [ResponsePath(i, i, i, 0, prompt) for i, prompt in enumerate(PROMPTS)]
+    for seed, room in ((0, 4), (3, 20)):
+        starts = [path.start(room) for path in paths if path.open]
+        pieces = engine.extend(starts, sampling, seeded(seed))
+        for path, piece in zip([path for path in paths if path.open], pieces, strict=True):
+            path.add(piece)
+    joined = to_rollout(paths, pad_id=tiny_s.pad_id, version=0, policy_temperature=1.3)
+    own, _ = at_own_temperature(tiny_s, joined)
+    torch.testing.assert_close(joined.behaviour_logprob[joined.mask], own[joined.mask], rtol=0, atol=1e-4)
+    assert len(joined.behaviour_temperature[joined.mask].unique()) > 10
 
 
 def test_a_server_is_refused_before_it_is_asked(tiny_s: Policy, tmp_path: Path) -> None:

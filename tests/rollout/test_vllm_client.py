@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,19 @@ def test_completions(tiny_s: Policy, fake: FakeVllm, tmp_path: Path) -> None:
     assert body["stop_token_ids"] == [2]
     # what the model's generation_config.json might set otherwise
     assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+
+
+def test_stop_texts_are_asked_for_and_told_from_end_tokens(tiny_s: Policy, fake: FakeVllm, tmp_path: Path) -> None:
+    ends = [choice(0, [5]) | {"stop_reason": "</think>"}, choice(1, [2]) | {"stop_reason": None}]
+    ends += [choice(2, [9]) | {"stop_reason": 9}, choice(3, [7], "length")]
+    fake.answers["/v1/completions"] = (200, {"choices": ends})
+    (samples,) = client(tiny_s, fake.url, tmp_path).generate([replace(REQUEST, n=4, stops=("</think>",))])
+    assert [s.stopped for s in samples] == [True, False, False, False]
+    assert [s.finished for s in samples] == [False, True, True, False]
+    body = fake.requests[-1][1]
+    assert body["stop"] == ["</think>"]
+    assert body["include_stop_str_in_output"] is True
+    assert body["skip_special_tokens"] is False  # a stop text may be a special token
 
 
 def test_answers_stay_with_their_requests(tiny_s: Policy, fake: FakeVllm, tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlvr_lab.core.paths import Path, Start, to_rollout
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.policy.forward import scored
@@ -47,7 +49,11 @@ class Double:
         sampling = Sampling(request.temperature, request.max_tokens)
         generator = torch.Generator().manual_seed(seed)
         rollout = TransformersEngine(self.policy).sample([request.prompt], 1, sampling, generator)
-        return Sample(rollout.response_ids[0].tolist(), rollout.behaviour_logprob[0].tolist(), bool(rollout.finished))
+        ids, logprob = rollout.response_ids[0].tolist(), rollout.behaviour_logprob[0].tolist()
+        for n in range(1, len(ids) + 1):
+            if any(stop in self.policy.decode(ids[:n]) for stop in request.stops):
+                return Sample(ids[:n], logprob[:n], False, stopped=True)
+        return Sample(ids, logprob, bool(rollout.finished))
 
     @torch.no_grad()
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -57,7 +63,7 @@ class Double:
             if self.deaf not in name:
                 own[name].copy_(value)
 
-    def load_adapter(self, folder: Path, version: int) -> None:
+    def load_adapter(self, folder: FilePath, version: int) -> None:
         pass
 
     def sleep(self) -> None:
@@ -180,19 +186,118 @@ def test_weights_that_are_not_finite(policy: Policy) -> None:
         VllmEngine(policy, backend=Broken(policy)).sample(PROMPTS, 1, HOT, seeded())
 
 
-def test_resume(policy: Policy) -> None:
+# -- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+def roots(count: int = 8) -> list[Path]:
+    """Empty paths, two of each prompt."""
+    return [Path(i // 2, i // 2, i // 2, i % 2, PROMPTS[i // 2]) for i in range(count)]
+
+
+def test_a_branch_from_a_prefix_has_the_logprobs_of_the_whole_sequence(policy: Policy) -> None:
     engine = VllmEngine(policy, backend=Double(policy))
-    first = engine.sample(PROMPTS, 2, HOT, seeded(), version=3)
-    kept = torch.tensor([0, 1, 2, 3, 4, 5, 6, 99])
-    resumed = engine.resume(first, kept, HOT, seeded(8), version=9)
-    assert resumed.require("prefix_length", "test").tolist() == torch.minimum(kept, first.lengths).tolist()
-    assert torch.equal(resumed.response_ids[6, :6], first.response_ids[6, :6])
-    assert torch.equal(resumed.response_ids[7], first.response_ids[7, : resumed.response_ids.shape[1]])
-    assert worst(policy, resumed) < 1e-5
-    assert resumed.policy_version.tolist() == [3] * 8
-    assert int(resumed.lengths.max()) <= HOT.max_tokens
-    with pytest.raises(UserError, match=r"keep the temperature"):
-        engine.resume(first, kept, Sampling(1.0, 24), seeded(8))
+    paths = roots()
+    for path, piece in zip(paths, engine.extend([p.start(24) for p in paths], HOT, seeded()), strict=True):
+        path.add(piece)
+    lengths = [min(n, len(p)) for n, p in zip((0, 1, 2, 3, 4, 5, 6, 99), paths, strict=True)]
+    branches = [p.branch(2 + p.number, n) for p, n in zip(paths, lengths, strict=True)]
+    starts = [b.start(24 - len(b)) for b in branches if len(b) < 24]
+    pieces = iter(engine.extend(starts, HOT, seeded(8)))
+    for branch in branches:
+        if len(branch) < 24:
+            branch.add(next(pieces))
+    rollout = to_rollout([*paths, *branches], pad_id=policy.pad_id, version=3)
+    assert rollout.require("prefix_length", "test").tolist() == [0] * 8 + lengths
+    assert torch.equal(rollout.response_ids[14, :6], rollout.response_ids[6, :6])
+    assert not torch.equal(rollout.response_ids[8], rollout.response_ids[0])
+    assert worst(policy, rollout) < 1e-5
+    assert rollout.old_logprob is None
+    assert not rollout.statistics
+
+
+def test_starts_have_their_own_settings_and_share_a_call(policy: Policy) -> None:
+    double = Double(policy)
+    engine = VllmEngine(policy, backend=double)
+    rows: list[int] = []
+    starts = [Start(PROMPTS[0], 3), Start([*PROMPTS[1], 5, 6, 7], 5, 1.3), Start(PROMPTS[2], 2, 0.0)]
+    pieces = engine.extend(starts, HOT, seeded(), report=rows.append)
+    assert sum(rows) == 3
+    assert [len(r.prompt) for r in double.requests] == [len(s.ids) for s in starts]
+    assert [(r.n, r.temperature, r.max_tokens) for r in double.requests] == [(1, 0.7, 3), (1, 1.3, 5), (1, 0.0, 2)]
+    assert [len(p.ids) for p in pieces] == [3, 5, 2]
+    assert [p.temperature for p in pieces] == [[0.7] * 3, [1.3] * 5, [0.0] * 2]
+    assert pieces[2].logprob == [0.0, 0.0]
+    assert all(p.entropy is None and p.old is None and not p.finished and not p.stopped for p in pieces)
+    assert engine.extend([], HOT, seeded()) == []
+
+
+@pytest.mark.parametrize("text", ["</think>", "yes </think>"], ids=["one token", "several tokens"])
+def test_a_stop_text_ends_a_piece_and_belongs_to_it(policy: Policy, text: str) -> None:
+    engine = VllmEngine(policy, backend=Double(policy))
+    pieces = engine.extend([p.start(24) for p in roots()], Sampling(0.7, 1), seeded(), stops=(text, "no such word"))
+    stopped = [p for p in pieces if p.stopped]
+    assert len(stopped) >= 2
+    for piece in pieces:
+        ids, said = list(piece.ids), policy.decode(list(piece.ids))
+        assert (text in said) == piece.stopped
+        assert text not in policy.decode(ids[:-1])
+        assert not (piece.finished and piece.stopped)
+    on = [Start([*PROMPTS[0], *p.ids], 24) for p in stopped]
+    assert all(p.finished and not p.stopped for p in engine.extend(on, Sampling(0.7, 1), seeded(1)))
+
+
+def test_a_key_decides_the_numbers_of_a_start_whatever_is_in_flight(policy: Policy) -> None:
+    double = Double(policy)
+    engine = VllmEngine(policy, backend=double)
+    keyed = [Start(PROMPTS[0], 12, key=77), Start(PROMPTS[0], 12, key=78)]
+    alone = engine.extend(keyed[:1], HOT, seeded())
+    beside = engine.extend([Start(PROMPTS[1], 12), *keyed[::-1]], HOT, seeded())
+    assert beside[2] == alone[0]
+    assert beside[1].ids != alone[0].ids
+    engine.extend(keyed[:1], HOT, seeded(1))
+    first, _, _, again, other = [r.seed for r in double.requests]
+    assert first == again != other
+    placed = [Start(PROMPTS[0], 4), Start(PROMPTS[0], 4)]
+    engine.extend(placed[:1], Sampling(0.7, 1, first=1), seeded())
+    engine.extend(placed, HOT, seeded())
+    assert double.requests[-1].seed == double.requests[-3].seed != double.requests[-2].seed
+
+
+def test_entropies_come_from_the_trainer_and_only_where_they_lack(policy: Policy) -> None:
+    engine, paths = VllmEngine(policy, backend=Double(policy)), roots(4)
+    for path, piece in zip(paths, engine.extend([p.start(24) for p in paths], HOT, seeded()), strict=True):
+        path.add(piece)
+    paths[1].tell([5, 6])
+    paths[2].entropy = [9.0] * len(paths[2])
+    before = copy.deepcopy(paths)
+    engine.with_entropy(paths)
+    rollout = to_rollout(paths, pad_id=policy.pad_id, version=0)
+    expected = scored(policy.model, rollout, 64)[1]
+    for i in (0, 1, 3):
+        assert paths[i].entropy == pytest.approx(expected[i, : len(paths[i])].tolist(), abs=1e-5)
+    assert paths[1].entropy is not None
+    assert paths[1].entropy[-2:] == [0.0, 0.0]
+    assert paths[2].entropy == [9.0] * len(paths[2])
+    for new, old in zip(paths, before, strict=True):
+        assert replace(new, entropy=None) == replace(old, entropy=None)
+
+
+def test_a_sharded_trainer_scores_no_paths(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.model, "token_tensors", None, raising=False)
+    with pytest.raises(UserError, match=r"parallel\.shard: none"):
+        VllmEngine(policy, backend=Double(policy)).with_entropy(roots(1))
+
+
+def test_starts_that_cannot_be_continued(policy: Policy) -> None:
+    engine = VllmEngine(policy, backend=Double(policy))
+    with pytest.raises(ValueError, match="empty"):
+        engine.extend([Start([], 4)], HOT, seeded())
+    with pytest.raises(ValueError, match="room for 0"):
+        engine.extend([Start(PROMPTS[0], 0)], HOT, seeded())
+    with pytest.raises(ValueError, match="empty text"):
+        engine.extend([Start(PROMPTS[0], 4)], HOT, seeded(), stops=("</think>", ""))
+    with pytest.raises(UserError, match=r"128 tokens.*rollout\.vllm\.max_model_len"):
+        engine.extend([Start(PROMPTS[0] * 15, 20)], HOT, seeded())
 
 
 def test_prompts_that_do_not_fit(policy: Policy) -> None:
@@ -203,7 +308,7 @@ def test_prompts_that_do_not_fit(policy: Policy) -> None:
         engine.sample([[]], 1, HOT, seeded())
 
 
-def test_an_adapter_needs_a_rank(policy: Policy, tmp_path: Path) -> None:
+def test_an_adapter_needs_a_rank(policy: Policy, tmp_path: FilePath) -> None:
     with pytest.raises(UserError, match=r"rollout\.vllm\.lora_rank"):
         VllmEngine(policy, backend=Double(policy)).sync_adapter(tmp_path, 1)
 

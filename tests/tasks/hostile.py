@@ -15,7 +15,7 @@ from rlvr_lab.tasks.benchmarks import BenchmarkProblem, BenchmarkTask
 from rlvr_lab.tasks.countdown import Problem
 from rlvr_lab.tasks.jsonl import MathProblem
 from rlvr_lab.tasks.math_answer import Limits
-from rlvr_lab.tasks.registry import CountdownTask, MathTask
+from rlvr_lab.tasks.registry import CountdownTask, MathTask, task
 
 PIECES = (
     "\\boxed{", "}", "{", "\\{", "\\}", "####", "#### ", "The answer is ", "answer:", "**", "$", "\\(", "\\)", "\\[",
@@ -75,6 +75,9 @@ VERIFIERS: dict[str, Callable[[], Graded]] = {
     "countdown, at least": lambda: Graded(CountdownTask("at_least"), Problem((10, 1, 4), 44)),
     "instructions": lambda: Graded(instructions.InstructionsTask(), instructions.problems(1, 0)[0]),
     "ifeval": _ifeval,
+    "triples": lambda: Graded(task("triples"), task("triples").problems(1, 0)[0]),  # type: ignore[attr-defined]
+    "maze": lambda: Graded(task("maze"), task("maze").problems(1, 0)[0]),  # type: ignore[attr-defined]
+    "feedback": lambda: Graded(task("feedback"), task("feedback").problems(1, 0)[0]),  # type: ignore[attr-defined]
 }
 if importlib.util.find_spec("reasoning_gym"):
     _GYM = reasoning.ReasoningTask("countdown", limits=reasoning.Limits(seconds=0.5))

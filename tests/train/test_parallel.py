@@ -35,6 +35,26 @@ SCENARIOS = {
     "composition": ["methods.clip_cov={}", "methods.kl_reference={}", "update.recompute_old_logprob=true"],
     "tempered": ["methods.hapo={preset: paper}"],
     "again": ["methods.arbitrary_entropy={preset: tiny}", "update.recompute_old_logprob=true", "rollout.prompts=6"],
+    "episodes": [
+        "model.path=tiny/A",
+        "data.task=triples",
+        "rollout.max_tokens=64",
+        "evaluation.problems=3",
+        "evaluation.samples=2",
+    ],
+    "trees": ["methods.cure={preset: tiny, n1: 2, n2: 1}", "rollout.max_tokens=24"],
+    "branching episodes": [
+        "model.path=tiny/A",
+        "data.task=triples",
+        "rollout.max_tokens=64",
+        "methods.agentic_aepo={preset: tiny}",
+    ],
+    "replay": [
+        "model.path=tiny/A",
+        "data.task=triples",
+        "rollout.max_tokens=64",
+        "methods.spear={preset: tiny, buffer: 4}",
+    ],
     "refill": ["methods.dynamic_sampling={}", "rollout.prompts=3", "rollout.max_tokens=32"],
     "every row": [
         "as it is",
@@ -118,8 +138,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
 
-def start() -> dict[str, torch.Tensor]:
-    return dict(load_policy("tiny/S", device="cpu").model.state_dict())
+def start(name: str) -> dict[str, torch.Tensor]:
+    path = next((s.removeprefix("model.path=") for s in SCENARIOS[name] if s.startswith("model.path=")), "tiny/S")
+    return dict(load_policy(path, device="cpu").model.state_dict())
 
 
 MACHINE = ("seconds", "tokens_per_second", "memory")
@@ -137,7 +158,7 @@ def assert_same_rows(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> No
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "half"])
 def test_two_processes_train_the_parameters_of_one(folder: Path, name: str) -> None:
     one, two = alone(folder, name), folder / "two" / name
-    moved = largest_difference(weights(one), start())
+    moved = largest_difference(weights(one), start(name))
     assert moved > 1e-3
     assert largest_difference(weights(one), weights(two)) < TOLERANCE
     rows = [read_jsonl(out / "metrics.jsonl") for out in (one, two)]

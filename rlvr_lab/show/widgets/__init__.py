@@ -35,6 +35,8 @@ __all__ = [
     "TemperatureExplorer",
     "TemperedImitation",
     "TokenWeights",
+    "TreeBudget",
+    "WindowEvents",
     "javascript",
 ]
 
@@ -505,7 +507,7 @@ class ArmSwap(_Widget):
     def __init__(
         self, arms: Sequence[Mapping[str, Any]], *, method: str | None = None, at: int = 0, **kwargs: Any
     ) -> None:
-        """``arms`` as `rlvr_lab.arena.swap.arm_curves` gives them; ``at`` counts a method's evaluations."""
+        """``arms`` as `rlvr_lab.arena.swap.arm_curves` gives them; ``at``: the step after which they are read first."""
         methods = [str(arm["name"]) for arm in arms if arm["role"] == "method"]
         if sum(arm["role"] == "reference" for arm in arms) != 1 or not methods or len(arms) < 3:
             raise ValueError("arms must hold one reference, a method and something to hold it against")
@@ -513,3 +515,76 @@ class ArmSwap(_Widget):
         if chosen not in methods:
             raise ValueError(f"method must be one of {methods}, not '{chosen}'")
         super().__init__(arms=[dict(arm) for arm in arms], method=chosen, at=at, **kwargs)
+
+
+class TreeBudget(_Widget):
+    """Trees of responses against independent ones: what does a leaf cost, by the formula and as it was sampled?"""
+
+    _esm = javascript("tree_budget")
+    _shown = ("trees", "forks", "branches", "position")
+    roots = traitlets.List().tag(sync=True)
+    trees = traitlets.Int(1).tag(sync=True)
+    forks = traitlets.Int(1).tag(sync=True)
+    branches = traitlets.Int(1).tag(sync=True)
+    position = traitlets.Float(0.5).tag(sync=True)
+
+    def __init__(
+        self,
+        roots: Sequence[Mapping[str, Any]],
+        *,
+        trees: int = 1,
+        forks: int = 1,
+        branches: int = 1,
+        position: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        """``roots``: of each recorded root path its ``length`` in tokens and its ``forks`` in the order in which they
+        were chosen, each with its ``position`` and, in ``branches``, the tokens that each branch generated.
+        ``position``: where the formula has its forks, as a share of the path."""
+        told: list[dict[str, Any]] = [
+            {
+                "length": int(r["length"]),
+                "forks": [
+                    {"position": int(f["position"]), "branches": [int(n) for n in f["branches"]]} for f in r["forks"]
+                ],
+            }
+            for r in roots
+        ]
+        if not told or any(not r["forks"] or not all(f["branches"] for f in r["forks"]) for r in told):
+            raise ValueError("every root needs a fork, and every fork a branch")
+        if any(not 0 <= f["position"] < r["length"] for r in told for f in r["forks"]):
+            raise ValueError("a fork lies within its root path")
+        if not 1 <= trees <= len(told) or forks < 1 or branches < 1 or not 0 <= position <= 1:
+            raise ValueError("trees, forks and branches must be at least 1, trees recorded, and position lie in [0, 1]")
+        super().__init__(roots=told, trees=trees, forks=forks, branches=branches, position=float(position), **kwargs)
+
+
+class WindowEvents(_Widget):
+    """Real responses under ARES: how many windows of high entropy do they have, and what is "high" taken from?"""
+
+    _esm = javascript("window_events")
+    _shown = ("width", "level")
+    responses = traitlets.List(traitlets.List(traitlets.Float())).tag(sync=True)
+    buckets = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    width = traitlets.Int(4).tag(sync=True)
+    level = traitlets.Float(0.95).tag(sync=True)
+
+    def __init__(
+        self,
+        responses: Sequence[Sequence[float]],
+        buckets: Sequence[str],
+        *,
+        width: int = 4,
+        level: float = 0.95,
+        **kwargs: Any,
+    ) -> None:
+        """``responses``: token entropies in nats of each; ``buckets``: how difficult its prompt is, as easy, medium or
+        hard; ``level`` of the quantile that is the threshold."""
+        if not responses or len(responses) != len(buckets) or not set(buckets) <= {"easy", "medium", "hard"}:
+            raise ValueError("every response needs a bucket: easy, medium or hard")
+        if not (1 <= width <= 8 and 0 < level < 1):
+            raise ValueError("width must lie in 1 to 8 and level between 0 and 1")
+        super().__init__(
+            responses=[[float(h) for h in row] for row in responses], buckets=list(buckets), width=width, level=level,
+            **kwargs,
+        )  # fmt: skip

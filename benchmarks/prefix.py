@@ -1,0 +1,197 @@
+"""What sampling from prefixes costs: CPU time per generated token of `extend`.
+
+    python benchmarks/prefix.py [--repeats 5]
+
+One process, interleaved A B C A B C ..., the median of the ratios of neighbours with the lowest and the highest. Two
+policies: the tiny lab's S on Countdown, and a Llama of 28 million random parameters on random prompts. The variants of
+`extend` continue the same responses:
+
+- `empty`: from the prompts themselves, which is what the path costs where no prefix is;
+- `first`, `half`, `late`: every response cut at a quarter, half and three quarters of its own length, so that contexts
+  are ragged. Reading a prefix is charged to the tokens that follow it, of which a late cut leaves few;
+- `ragged`: every response cut at a random place;
+- `tree`: what a tree method does. A quarter of the responses from the prompts, and three branches of each from random
+  places; time and tokens of both calls together;
+- `stops`: `empty`, looking for a stop text that never comes.
+
+Each is compared with two things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
+longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts; what is left is the
+prefixes' own cost. CPU time of this process is the measure, because wall time on a shared machine is noise. On a GPU,
+where reading is parallel and sampling is not, a prefix should cost less; that was not measured. Results go to
+`benchmarks/results/prefix.json` with machine, versions and date. The aim is 1.2 at most.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from step import cpu
+
+from rlvr_lab.core.paths import Path as ResponsePath
+from rlvr_lab.core.paths import Piece, Start
+from rlvr_lab.policy.load import Policy, load_policy
+from rlvr_lab.policy.tiny import shipped
+from rlvr_lab.rollout.engine import Sampling, TransformersEngine
+from rlvr_lab.tasks import countdown
+from rlvr_lab.train.loop import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+AIM = 1.2
+CUTS = {"first": 0.25, "half": 0.5, "late": 0.75}
+BRANCHES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy, its prompts, and how many responses of which length."""
+
+    policy: Policy
+    prompts: list[list[int]]
+    group: int
+    sampling: Sampling
+    stop: str
+    """A text that the policy never writes."""
+
+
+def tiny() -> Case:
+    """The shipped S at the batch of grpo/tiny."""
+    policy = load_policy("tiny/S", device="cpu")
+    prompts = [list(p.prompt_ids) for p in countdown.problems(32, 0)]
+    return Case(policy, prompts, 8, Sampling(1.0, 28), "yes yes yes")
+
+
+def larger(folder: str) -> Case:
+    """28 million random parameters; responses run to their limit, because the end token is one of 1,024 words."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(shipped("S")).save_pretrained(folder)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(8, 1024) for _ in range(32)] for _ in range(2)]
+    return Case(load_policy(folder, device="cpu"), prompts, 8, Sampling(1.0, 48), "yes yes yes")
+
+
+Work = Callable[[torch.Generator], list[Piece]]
+
+
+def roots_of(case: Case) -> list[ResponsePath]:
+    """An empty path for every response."""
+    return [ResponsePath(i, i, i, j, prompt) for i, prompt in enumerate(case.prompts) for j in range(case.group)]
+
+
+def cut(paths: Sequence[ResponsePath], share: Callable[[], float], most: int) -> list[Start]:
+    """Where the paths go on, each cut at a share of its length."""
+    branches = [path.branch(1_000 + i, int(share() * len(path))) for i, path in enumerate(paths)]
+    return [branch.start(most - len(branch)) for branch in branches if len(branch) < most]
+
+
+def bare(starts: Sequence[Start], prompt_tokens: int) -> list[Start]:
+    """The same rows and limits without their prefixes, those of one prompt side by side."""
+    short = [replace(start, ids=start.ids[:prompt_tokens]) for start in starts]
+    return sorted(short, key=lambda start: list(start.ids))
+
+
+def variants(case: Case) -> dict[str, tuple[Work, Work]]:
+    """Every variant, and work of the same shape without prefixes."""
+    engine, most, width = TransformersEngine(case.policy), case.sampling.max_tokens, len(case.prompts[0])
+
+    def grown(starts: Sequence[Start], generator: torch.Generator, *stops: str) -> list[Piece]:
+        return engine.extend(starts, case.sampling, generator, stops=stops)
+
+    def both(starts: Sequence[Start], *stops: str) -> tuple[Work, Work]:
+        short = bare(starts, width)
+        return (lambda generator: grown(starts, generator, *stops)), (lambda generator: grown(short, generator))
+
+    roots = roots_of(case)
+    empty = [path.start(most) for path in roots]
+    for path, piece in zip(roots, grown(empty, torch.Generator().manual_seed(1)), strict=True):
+        path.add(piece)
+
+    def tree(generator: torch.Generator, short: bool = False) -> list[Piece]:
+        paths, rng = roots_of(case)[:: BRANCHES + 1], random.Random(3)
+        pieces = grown([path.start(most) for path in paths], generator)
+        for path, piece in zip(paths, pieces, strict=True):
+            path.add(piece)
+        starts = cut([path for path in paths for _ in range(BRANCHES)], rng.random, most)
+        return pieces + grown(bare(starts, width) if short else starts, generator)
+
+    found = {"empty": both(empty)}
+    found |= {name: both(cut(roots, lambda share=share: share, most)) for name, share in CUTS.items()}  # type: ignore[misc]
+    found["ragged"] = both(cut(roots, random.Random(4).random, most))
+    found["tree"] = tree, lambda generator: tree(generator, True)
+    found["stops"] = both(empty, case.stop)
+    return found
+
+
+def per_token(work: Work) -> float:
+    """CPU seconds per generated token."""
+    seconds, pieces = cpu(lambda: work(torch.Generator().manual_seed(2)))
+    return seconds / sum(len(piece.ids) for piece in pieces)
+
+
+def measured(name: str, case: Case, repeats: int) -> dict[str, object]:
+    """Every variant against plain sampling and against its own shape, printed as it comes."""
+    engine = TransformersEngine(case.policy)
+
+    def plain() -> float:
+        generator = torch.Generator().manual_seed(0)
+        seconds, rollout = cpu(lambda: engine.sample(case.prompts, case.group, case.sampling, generator))
+        return seconds / int(rollout.sampled.sum())
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for variant, (work, shape) in variants(case).items():
+        rows = [(per_token(work), plain(), per_token(shape)) for _ in range(repeats + 1)][1:]
+        ratios = {"over_plain": [a / b for a, b, _ in rows], "over_same_shape": [a / c for a, _, c in rows]}
+        found[variant] = {
+            key: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+            for key, values in ratios.items()
+        }
+        print(name, variant, {key: round(value["median"], 2) for key, value in found[variant].items()}, flush=True)
+    return {
+        "parameters": sum(p.numel() for p in case.policy.model.parameters()),
+        "responses": len(case.prompts) * case.group,
+        "prompt_tokens": len(case.prompts[0]),
+        "max_tokens": case.sampling.max_tokens,
+        "plain_microseconds_per_token": 1e6 * plain(),
+        "cost_per_generated_token": found,
+        "within_aim": {name: {k: v["median"] <= AIM for k, v in value.items()} for name, value in found.items()},
+    }
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Ratios of each kind.")] = 5,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "benchmarks/results/prefix.json",
+) -> None:
+    """Measure the prefix path; see the head of this file."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {"tiny/S": tiny(), "28m": larger(folder)}
+        report: dict[str, object] = {
+            "what": __doc__,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "repeats": repeats,
+            "aim": AIM,
+            "policies": {name: measured(name, case, repeats) for name, case in cases.items()},
+        }
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
