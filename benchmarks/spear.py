@@ -33,7 +33,9 @@ ARMS = {
     "spear": SPEAR % "warmup: RAMP",
     "gamma_one": SPEAR % "warmup: 0",
     "no_clip": SPEAR % f"warmup: RAMP, {NO_CLIP}",
+    "double_rate": (SPEAR % f"schedule: never, tool_reward: none, {NO_CLIP}", "optimizer.lr=1.2e-3"),
 }
+"""`double_rate` is Dr.BoT with twice the rate of all others: what replay adds may be nothing but gradient."""
 MODULES = ("methods.grpo", "methods.spear", "methods._self_imitation", "core.replay", "tasks.agents.triples")
 COLUMNS = ("success", "unfiltered_entropy", "unfiltered_calls", "replayed_rows", "spear.gamma", "spear.buffer",
            "spear.baseline", "spear.replay_age", "spear.replay_clip_fraction", "seconds")  # fmt: skip
@@ -48,8 +50,9 @@ def one_run(arm: str, seed: int, steps: int) -> dict[str, Any]:
     from rlvr_lab.train.config import load_config
     from rlvr_lab.train.loop import Trainer
 
-    methods = ARMS[arm].replace("RAMP", str(round(RAMP * steps)))
-    config = load_config("spear/tiny", [f"seed={seed}", f"steps={max(steps, 1)}", *SETTINGS, methods])
+    chosen = ARMS[arm]
+    own = [text.replace("RAMP", str(round(RAMP * steps))) for text in ([chosen] if isinstance(chosen, str) else chosen)]
+    config = load_config("spear/tiny", [f"seed={seed}", f"steps={max(steps, 1)}", *SETTINGS, *own])
     with tempfile.TemporaryDirectory(prefix=f"spear_{arm}_{seed}_") as folder:
         trainer = Trainer(config, Path(folder) / "run")
         seen = watched(trainer)

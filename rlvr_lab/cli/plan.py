@@ -20,7 +20,9 @@ def plan(
     gpus: Annotated[int, typer.Option(help="How many of them.", min=1)] = 1,
     price: Annotated[float | None, typer.Option(help="Per GPU and hour, for the cost.", min=0.0)] = None,
     model: Annotated[str | None, typer.Option(help="Plan for this model instead of the recipe's.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompts; 512, or counted for the tiny lab, unless given.", min=1)] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompts; 512, or counted for the tiny lab, unless given.", min=1)
+    ] = None,
     mean_tokens: Annotated[
         int | None, typer.Option(help="Mean response; half the longest unless given.", min=1)
     ] = None,

@@ -12,7 +12,8 @@ DATA = Path(__file__).parents[2] / "book" / "data"
 CONTESTS = ("arena.json", "arena_signal.json")
 """Token-level control over 80 steps; rewards, advantages and data over 40."""
 ELSEWHERE = {"pear", "empg"}
-"""Methods whose arms no contest has: PEAR is recorded by `benchmarks/pear.py`, EMPG's chapter comes with the agents."""
+"""Methods whose arms no contest has: PEAR is recorded by `benchmarks/pear.py`, EMPG by
+`benchmarks/cascade.py`, in episodes."""
 
 
 @pytest.fixture(scope="module", params=CONTESTS)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rlvr_lab.show.tree import COLUMNS
+
 from . import browser as helper
 
 _MISSING = helper.missing()
@@ -54,6 +56,18 @@ def test_every_figure_is_drawn_and_has_its_table(browser: helper.Browser, page: 
              .map((details) => details.querySelectorAll('td').length);"""
     )
     assert all(cells >= 3 for cells in tables), tables
+
+
+@pytest.mark.skipif("6_rollouts/trees_and_budgets.html" not in CHAPTERS, reason="the chapter is not built")
+def test_the_table_of_a_tree_names_every_token(browser: helper.Browser) -> None:
+    browser.open("6_rollouts/trees_and_budgets.html")
+    browser.js("document.querySelectorAll('figure.rlvr-plotly details').forEach((d) => { d.open = true; })")
+    time.sleep(0.2)
+    heads = browser.js(
+        """return [...document.querySelectorAll('figure.rlvr-plotly details table')]
+             .map((table) => [...table.querySelectorAll('th')].map((cell) => cell.textContent));"""
+    )
+    assert [list(COLUMNS)] == [head for head in heads if "word" in head]
 
 
 @pytest.mark.parametrize("page", CHAPTERS)

@@ -31,8 +31,8 @@ function render({ model, el }) {
   const names = ["easy", "medium", "hard"].filter((name) => buckets.includes(name));
   const sources = ["tokens", "windows"];
   const rows = names.flatMap((name) => sources.map((source) => ({ name, source })));
-  const labels = rows.map(({ name, source }) => ({ label: `${name}, quantile of ${source}`, hatched: source === "windows" }));
-  const chart = barChart("Share of the complete windows that are events", labels);
+  const labels = rows.map(({ name, source }) => ({ label: `${name}, ${source}`, hatched: source === "windows" }));
+  const chart = barChart("Share of windows above the quantile of tokens, or of windows", labels);
   const output = liveOutput();
   const width = slider("window, tokens", { min: 1, max: 8, step: 1, value: model.get("width") }, String);
   const level = slider("quantile", { min: 0.5, max: 0.99, step: 0.01, value: model.get("level") }, (v) => v.toFixed(2));
