@@ -107,8 +107,11 @@ def test_every_command_shows_examples_that_exist(command: str) -> None:
         (["evaluate", "--model", "tiny/S", "--data", "/no.jsonl"], "/no.jsonl: cannot be read"),
         (["evaluate", "--model", "tiny/S", "--max-tokens", "200"], "no problem fits"),
         (["evaluate", "--model", "tiny/S", "--device", "gpu"], "'gpu' is not a device"),
-        (["evaluate", "--model", "tiny/A"], "not those of task 'countdown'; try --task triples, maze or feedback"),
-        (["evaluate", "--model", "tiny/S", "--task", "maze"], "not those of task 'maze'; try --model tiny/A"),
+        (
+            ["evaluate", "--model", "tiny/A"],
+            "not those of task 'countdown': take tiny/S; the policy has the words of triples",
+        ),
+        (["evaluate", "--model", "tiny/S", "--task", "maze"], "not those of task 'maze': take tiny/A; the policy has"),
         (["evaluate", "--model", "tiny/S", "--task", "maths"], "unknown task 'maths': did you mean 'math'"),
         (["evaluate", "--model", "tiny/S", "--task", "math"], "--task math has no problems of its own"),
         (["evaluate", "--model", "tiny/S", "--task", "maze", "--data", "x.jsonl"], "--task has problems of its own"),

@@ -56,11 +56,13 @@
     return row;
   }
 
-  /** Long-format table (series, x, y) of what is drawn. Plotly has decoded its packed arrays by then. */
+  /** Long-format table (series, x, y) of what is drawn. Plotly has decoded its packed arrays by then. Where a trace
+      names `meta.columns`, the rows are its `customdata` instead, and the other traces only lines between them. */
   function dataTable(box) {
     const title = (axis) => box._fullLayout[axis]?.title?.text || axis[0];
-    const rows = [];
-    for (const trace of box._fullData) {
+    const told = box._fullData.filter((trace) => trace.meta?.columns);
+    const rows = told.flatMap((trace) => trace.customdata);
+    for (const trace of told.length ? [] : box._fullData) {
       if (trace.fill === "toself" || !trace.x || !trace.y) continue; // a band's outline is not data to read row by row
       for (let i = 0; i < trace.y.length; i += 1) rows.push([trace.name, trace.x[i], trace.y[i]]);
     }
@@ -70,7 +72,7 @@
     caption.textContent = rows.length > MAX_ROWS ? `First ${MAX_ROWS} of ${rows.length} values` : `${rows.length} values`;
     const head = document.createElement("thead");
     const body = document.createElement("tbody");
-    head.append(tableRow(["series", title("xaxis"), title("yaxis")], "th"));
+    head.append(tableRow(told[0]?.meta.columns ?? ["series", title("xaxis"), title("yaxis")], "th"));
     body.append(...rows.slice(0, MAX_ROWS).map((row) => tableRow(row, "td")));
     table.append(caption, head, body);
     return table;

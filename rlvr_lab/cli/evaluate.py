@@ -307,19 +307,14 @@ def _own_job(request: _Request, policy: Policy, say: Callable[[str], None]) -> J
 def _made(name: str, count: int, policy: Policy) -> tuple[Any, list[Any]]:
     """A task that makes its problems, and held-out ones; refused where the policy knows other words.
 
-    Raises UserError for a task with a file, and for a small vocabulary that is not the task's.
+    Raises UserError for a task with a file, and as `check_words` does.
     """
-    from ..tasks.agents import words
-    from ..tasks.countdown import VOCABULARY
+    from ..policy.load import check_words
     from ..tasks.registry import entry, task
 
     if entry(name).file is not None:
         raise UserError(f"--task {name} has no problems of its own; name a file with --data")
-    own = VOCABULARY if name in ("countdown", "instructions") else words.VOCABULARY
-    known = set(policy.tokenizer.get_vocab())
-    if len(known) <= max(len(VOCABULARY), len(words.VOCABULARY)) and not known.issuperset(own):
-        hint = "--task triples, maze or feedback" if known.issuperset(words.VOCABULARY) else "--model tiny/A"
-        raise UserError(f"the words of '{policy.source}' are not those of task '{name}'; try {hint}")
+    check_words(policy, name)
     made = task(name)
     return made, entry(name).problems(made, count, 0, evaluation=True)
 

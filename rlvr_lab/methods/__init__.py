@@ -151,7 +151,7 @@ _ENTRIES = (
     _rollout("agentic_aepo", "Agentic entropy-balanced policy optimisation (AEPO), with ARPO", "2510.14545",
              "rollout, clip, surrogate, advantage", "AgenticAEPO", True, "agentic_aepo/search"),
     _rollout("spear", "Self-imitation with progressive exploration (SPEAR)", "2509.22601",
-             "reward, filter, advantage, replay, weight", "Spear", recipe="spear/search"),
+             "reward, filter, advantage, replay, weight", "Spear", True, "spear/search"),
     _rollout("empg", "Entropy-modulated policy gradients (EMPG)", "2509.09265", "advantage", "EMPG", chapter=True),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),

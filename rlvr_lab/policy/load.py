@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from ..errors import UserError, nearest
+from ..tasks.registry import TASKS, entry
 from . import tiny
 
+SMALL = 1000
+"""Words of a vocabulary that was made for certain tasks; a larger one can write any text."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,6 +114,19 @@ def _end_tokens(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
     if not found:
         raise UserError(f"neither model nor tokenizer of '{path}' names an end token; set eos_token in the tokenizer")
     return found
+
+
+def check_words(policy: Policy, task: str) -> None:
+    """Refuse a policy of few words for a task that is written in others. Raises UserError that names the tasks of this
+    policy, and a policy for this task."""
+    known = frozenset(policy.tokenizer.get_vocab())
+    own = entry(task).vocabulary()
+    if len(known) > SMALL or own <= known:
+        return
+    others = [name for name, other in TASKS.items() if other.words and other.vocabulary() <= known]
+    able = "tiny/A" if own == frozenset(tiny.AGENTS.words) else "tiny/S"
+    instead = f"; the policy has the words of {', '.join(others)}" if others else ""
+    raise UserError(f"the words of model '{policy.source}' are not those of task '{task}': take {able}{instead}")
 
 
 def _first_line(error: Exception) -> str:

@@ -105,6 +105,12 @@ class Entry:
     cls: str
     file: str | None = None
     """What a line of its JSONL file holds; `None` where it makes its problems."""
+    words: str | None = None
+    """Module of the whole-word vocabulary that it is written in; None for text of any kind."""
+
+    def vocabulary(self) -> frozenset[str]:
+        """Its words; empty where it is written in no vocabulary of its own."""
+        return frozenset(import_module(self.words, __package__).VOCABULARY if self.words else ())
 
     def load_class(self) -> Any:
         """The class, imported when it is first asked for."""
@@ -121,15 +127,15 @@ class Entry:
 
 
 _TABLE = (
-    Entry("countdown", ".registry", "CountdownTask"),
+    Entry("countdown", ".registry", "CountdownTask", words=".countdown"),
     Entry("math", ".registry", "MathTask", "question and answer"),
     Entry("multiple_choice", ".multiple_choice", "MultipleChoiceTask", "question, choices and answer"),
     Entry("reasoning_gym", ".reasoning", "ReasoningTask"),
-    Entry("instructions", ".instructions", "InstructionsTask"),
+    Entry("instructions", ".instructions", "InstructionsTask", words=".countdown"),
     Entry("ifeval", ".ifeval", "IFEvalTask", "prompt, instruction_id_list and kwargs"),
-    Entry("triples", ".agents.triples", "TriplesTask"),
-    Entry("maze", ".agents.maze", "MazeTask"),
-    Entry("feedback", ".agents.feedback", "FeedbackTask"),
+    Entry("triples", ".agents.triples", "TriplesTask", words=".agents.words"),
+    Entry("maze", ".agents.maze", "MazeTask", words=".agents.words"),
+    Entry("feedback", ".agents.feedback", "FeedbackTask", words=".agents.words"),
 )
 TASKS: Mapping[str, Entry] = {entry.name: entry for entry in _TABLE}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..policy.load import Policy
+from ..policy.load import Policy, check_words
 from ..tasks.base import Task
 from ..tasks.benchmarks import benchmark, load_benchmark
 from ..tasks.benchmarks import make_task as benchmark_task
@@ -48,6 +48,7 @@ def load_problems(config: TrainConfig, policy: Policy, report: Report) -> Proble
     """Problems for training and evaluation. Prompts that leave no room for `rollout.max_tokens` are dropped and
     counted; where none is left, UserError names the setting."""
     data, task = config.data, config.data.make_task()
+    check_words(policy, data.task)
     if entry(data.task).file is None:
         train = _made(task, data, config.seed, report)
         evaluation = entry(data.task).problems(task, max(config.evaluation.problems, 1), 0, evaluation=True)
