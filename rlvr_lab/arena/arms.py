@@ -177,6 +177,11 @@ _CATALOGUE = (
     _control("spear_sil", "spear", "spear", _SPEAR.replace("warmup: 24", "warmup: 0")
              + ", tool_reward: none, ratio: 0.0, replay_ratio: 0.0, weight_decay: 1.0",
              "plain self-imitation on dr_bot: advantages as stored, at full weight from the start"),
+    _method("ares", "ares", "preset: tiny", "wrong answers docked by their events of high entropy, by difficulty"),
+    _control("ares_permuted", "ares", "ares", "preset: tiny, control: permuted", "with another prompt's difficulty"),
+    _method("ares_kl", "ares", "preset: tiny, kl: windows", "and a KL that gives way in the events"),
+    _control("ares_kl_only", "ares", "ares", "preset: tiny, kl: windows, reward: none", "that KL without the reward"),
+    _control("ares_batch_target", "ares", "ares", "preset: tiny, target: batch", "the text's target, which is GRPO"),
 )  # fmt: skip
 CATALOGUE: dict[str, Arm] = {arm.name: arm for arm in _CATALOGUE}
 

@@ -24,6 +24,7 @@ RECORDED = {
     "ettrl.json": "methods.ettrl",
     "light_if.json": "methods.light_if",
     "verifiers.json": "tasks.math_answer",
+    "ares.json": "methods.ares",
     "cascade.json": "methods.empg",
     "environments.json": "tasks.agents.triples",
     "spear.json": "methods.spear",

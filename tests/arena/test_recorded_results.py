@@ -11,9 +11,8 @@ from rlvr_lab.arena import CATALOGUE, REFERENCE, Results, changed_since, load_re
 DATA = Path(__file__).parents[2] / "book" / "data"
 CONTESTS = ("arena.json", "arena_signal.json")
 """Token-level control over 80 steps; rewards, advantages and data over 40."""
-ELSEWHERE = {"pear", "empg"}
-"""Methods whose arms no contest has: PEAR is recorded by `benchmarks/pear.py`, EMPG by
-`benchmarks/cascade.py`, in episodes."""
+ELSEWHERE = {"pear": "pear", "empg": "cascade", "cure": "cure", "ettrl": "ettrl", "spear": "spear", "ares": "ares"}
+"""Methods that `benchmarks/` records in files of their own: in episodes, or at equal generated tokens."""
 
 
 @pytest.fixture(scope="module", params=CONTESTS)
@@ -57,4 +56,5 @@ def test_every_method_of_the_catalogue_is_recorded() -> None:
     recorded = {
         arm.method for name in CONTESTS for arm in load_results(DATA / name).arms.values() if arm.role == "method"
     }
-    assert {arm.method for arm in CATALOGUE.values() if arm.role == "method"} - recorded == ELSEWHERE
+    assert {arm.method for arm in CATALOGUE.values() if arm.role == "method"} - recorded == set(ELSEWHERE)
+    assert all((DATA / f"{name}.json").exists() for name in ELSEWHERE.values())

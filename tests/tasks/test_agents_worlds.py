@@ -203,7 +203,7 @@ def test_no_observation_tells_the_turn_and_early_and_late_ones_are_of_the_same_w
 
 
 def test_at_random_it_is_hard_but_not_hopeless() -> None:
-    """1 to 5 % of episodes succeed, and about a tenth of the groups of eight have both outcomes: they can be learned from.
+    """1 to 5 % of episodes succeed, and about a tenth of the groups of eight, which teach something, has both outcomes.
 
     Our notes ask for a tenth to a fifth of the groups; five rooms are at the lower edge of that."""
     made, rng = environment("maze"), Random(0)
