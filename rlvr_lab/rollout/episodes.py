@@ -148,7 +148,6 @@ def round_of(engine: Any, paths: Sequence[Path], sampling: Sampling, generator: 
         path.open = path.open and room > 0
     able = [(path, room) for path, room in zip(paths, rooms, strict=True) if path.open]
     starts = [path.start(room) for path, room in able]
-    # also with nothing to do: every process draws as often from its generator
     pieces = engine.extend(starts, sampling, generator, stops=turns.stops) if starts else []
     for (path, _), piece in zip(able, pieces, strict=True):
         path.add(piece)

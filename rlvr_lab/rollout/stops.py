@@ -20,7 +20,8 @@ class Stops:
         if not all(texts):
             raise ValueError("an empty text would stop everything")
         self.policy, self.texts = policy, tuple(texts)
-        self.tail = max(len(policy.encode(text)) for text in texts) + 2
+        # a policy may write a text in smaller pieces than its tokenizer would, down to single bytes
+        self.tail = max(len(text.encode()) for text in texts) + 2
 
     @cached_property
     def _closers(self) -> Tensor:
