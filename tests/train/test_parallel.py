@@ -194,7 +194,7 @@ def test_mixed_precision_keeps_float32_weights_and_trains_nearly_the_same(folder
     assert all(value.dtype == torch.float32 for value in master.values())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in master.values())
     exact = weights(alone(folder, "half"))
-    moves = [torch.cat([(w[n] - v).flatten() for n, v in start().items()]) for w in (master, exact)]
+    moves = [torch.cat([(w[n] - v).flatten() for n, v in start("half").items()]) for w in (master, exact)]
     assert float(torch.nn.functional.cosine_similarity(*moves, dim=0)) > 0.9
 
 
