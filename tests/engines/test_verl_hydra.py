@@ -40,7 +40,7 @@ def test_verl_validates_the_exported_configuration(recipe: str, tmp_path: Path, 
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (2, 4)
     tier = verl_export.tier_of(given)
     reference = need_reference_policy(config)
-    assert reference == (tier == "b" and "kl_reference" in given.methods)
+    assert reference == (tier == "b" and pipeline_of(given.methods).needs("ref_logprob"))
     assert not need_critic(config)
     validate_config(config, reference, use_critic=False)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
