@@ -62,7 +62,7 @@ def cold_start(
         recipe = next((w for w in words[:1] if "=" not in w), None)
         overrides = words[1:] if recipe else words
         config = load_config(recipe or "light_if/tiny", [*([f"model.path={model}"] if model else []), *overrides])
-        settings = ColdStart(samples, per_prompt, least_tokens, lengths, tolerance)  # type: ignore[arg-type]
+        settings = ColdStart(samples, per_prompt, least_tokens, lengths, tolerance)
         sft = SFTSettings(objective, weight, ratio, epochs, batch, rows, lr, seed=config.seed)  # type: ignore[arg-type]
         summary = run(config, out, settings, sft, for_terminal(config.logging.view))
         last = summary["epochs"][-1]

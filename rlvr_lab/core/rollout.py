@@ -20,7 +20,7 @@ PROVIDED_BY = {
     "reward": "a task with a verifier (data.task)",
     "correct": "a task with a verifier (data.task)",
     "answer": "a task with a verifier (data.task)",
-    "difficulty": "a method with a `select` hook that estimates difficulty",
+    "difficulty": "a method that sorts prompts by difficulty, such as ares",
     "bundle_id": "a method with a `select` hook that forms bundles",
     "path_id": "a method with a `sample` hook that branches, or a multi-turn environment (data.task)",
     "parent_id": "a method with a `sample` hook that branches",

@@ -56,16 +56,11 @@ def with_replayed(
 ) -> tuple[Rollout, Tensor]:
     """New responses and earlier ones as one rollout, flagged by `replayed`, with the advantage of both.
 
-    The ratio of an earlier response is taken against the log-probs stored when it was sampled. A statistic that only
-    the new rows have is kept and is nan on the earlier ones, one that only these have is dropped. Raises ValueError
-    where a field is present in one and absent in the other.
+    The ratio of an earlier response is taken against the log-probs stored when it was sampled. Raises ValueError where
+    a field or a statistic is present in one and absent in the other.
     """
-    common = {
-        name: replayed.statistics.get(name, torch.full_like(replayed.behaviour_logprob, float("nan")))
-        for name in rollout.statistics
-    }
     device = rollout.response_ids.device
-    old = replayed.with_(old_logprob=replayed.behaviour_logprob, statistics=common).to(device)
+    old = replayed.with_(old_logprob=replayed.behaviour_logprob).to(device)
     flags = [torch.full((len(part),), flag, device=device) for part, flag in ((rollout, False), (old, True))]
     joined = concatenate([part.with_(replayed=flag) for part, flag in zip((rollout, old), flags, strict=True)])
     return joined, torch.cat(_pad_right([advantage_BT, replayed_advantage_bT.to(advantage_BT)]))

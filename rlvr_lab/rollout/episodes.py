@@ -6,17 +6,17 @@ the environment sees the text of a turn and returns a text; tokens are never mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..core.paths import Path, Piece, Start, to_rollout
 from ..core.rollout import Rollout
 from ..policy.load import Policy
 from ..tasks.agents.base import Environment, Turn, advance
 from .engine import Sampling
+from .factory import Continues
 
 
 class Turns:
@@ -57,21 +57,21 @@ class Turns:
 class EpisodeEngine:
     """An engine whose responses are episodes; continues paths with `engine`."""
 
-    def __init__(self, engine: Any, environment: Environment[Any], problems: Sequence[Any]) -> None:
+    def __init__(self, engine: Continues, environment: Environment[Any], problems: Sequence[Any]) -> None:
         self.engine = engine
         self.turns = Turns(environment, problems, engine.policy)
 
     @property
     def policy(self) -> Policy:
         """What is sampled from."""
-        return self.engine.policy  # type: ignore[no-any-return]
+        return self.engine.policy
 
     def extend(
         self, starts: Sequence[Start], sampling: Sampling, generator: torch.Generator, *, stops: Sequence[str] = (),
         report: Callable[[int], None] = lambda rows: None,
     ) -> list[Piece]:  # fmt: skip
         """See `rollout.factory.Engine`."""
-        return self.engine.extend(starts, sampling, generator, stops=stops, report=report)  # type: ignore[no-any-return]
+        return self.engine.extend(starts, sampling, generator, stops=stops, report=report)
 
     def with_entropy(self, paths: Sequence[Path], rows: int = 64) -> None:
         """See `rollout.factory.Engine`."""
@@ -102,22 +102,6 @@ class EpisodeEngine:
         return to_rollout(
             paths, pad_id=self.policy.pad_id, version=version, device=device, policy_temperature=policy_temperature
         )
-
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
-        """See `rollout.factory.Engine`."""
-        return self.engine.sync(weights, version)
-
-    def sleep(self) -> None:
-        """See `rollout.factory.Engine`."""
-        self.engine.sleep()
-
-    def wake(self) -> None:
-        """See `rollout.factory.Engine`."""
-        self.engine.wake()
-
-    def close(self) -> None:
-        """See `rollout.factory.Engine`."""
-        self.engine.close()
 
 
 def play(
@@ -175,6 +159,6 @@ def actions_of(rollout: Rollout, row: int, policy: Policy) -> list[str]:
     return [action_text(policy, own) for own in texts]
 
 
-def for_task(engine: Any, task: Any, problems: Sequence[Any]) -> Any:
+def for_task(engine: Continues, task: Any, problems: Sequence[Any]) -> Continues:
     """`engine`, or an engine of episodes around it where `task` is an environment."""
     return EpisodeEngine(engine, task, problems) if isinstance(task, Environment) else engine

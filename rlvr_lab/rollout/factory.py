@@ -16,8 +16,8 @@ from .engine import Sampling, TransformersEngine
 EngineName = Literal["transformers", "vllm"]
 
 
-class Engine(Protocol):
-    """What the loop, the evaluation and methods with a `sample` hook ask of an engine."""
+class Continues(Protocol):
+    """What samples: all that a method's `sample` hook, a meter and an engine of episodes ask of an engine."""
 
     @property
     def policy(self) -> Policy:
@@ -54,6 +54,10 @@ class Engine(Protocol):
 
     def with_entropy(self, paths: Sequence[Path], rows: int = ...) -> None:
         """Fill in the entropies of paths that lack them, `rows` paths per pass."""
+
+
+class Engine(Continues, Protocol):
+    """An engine with weights of its own to keep up to date, as the loop holds it."""
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Any:
         """Take up the trainer's weights, whole and by name; returns a report where the engine checks itself."""

@@ -11,19 +11,20 @@ from ..core.paths import Path, Piece, Start
 from ..core.rollout import Rollout
 from ..policy.load import Policy
 from .engine import Sampling
+from .factory import Continues
 
 
 class Meter:
     """An engine that counts the tokens another one samples, in `tokens`: probes and discarded responses too, a prefix
     that was taken over once."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Continues) -> None:
         self.engine, self.tokens = engine, 0
 
     @property
     def policy(self) -> Policy:
         """What is sampled from."""
-        return self.engine.policy  # type: ignore[no-any-return]
+        return self.engine.policy
 
     @property
     def turns(self) -> Any:

@@ -52,7 +52,7 @@ class ColdStart:
     samples: int = 8
     per_prompt: int = 2
     least_tokens: int = 0
-    lengths: Lengths = "any"
+    lengths: str = "any"
     tolerance: float = 0.25
 
     def __post_init__(self) -> None:

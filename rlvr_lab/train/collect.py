@@ -20,7 +20,7 @@ from ..policy.forward import RAW, score
 from ..policy.load import Policy
 from ..rollout.engine import Sampling
 from ..rollout.episodes import for_task
-from ..rollout.factory import Engine
+from ..rollout.factory import Continues, Engine
 from ..rollout.grading import grade
 from ..rollout.meter import Meter
 from .clock import Clock
@@ -101,7 +101,7 @@ class Collector:
     def _graded(self, step: int, attempt: int) -> Rollout:
         """One generation batch, whole, scored and rewarded."""
         if not attempt:
-            self.meter = Meter(self.engine)
+            self.meter.tokens = 0
         rollout = self._gather(self._own_share(step, attempt))
         tokens = self.world.sum_floats({"tokens": float(self.meter.tokens)})["tokens"]
         self.generated = {"generated_tokens": tokens, "generation_batches": attempt + 1.0, **self.labels.metrics()}
@@ -198,7 +198,7 @@ class DividedEngine:
     """An engine whose prompts are divided over processes; all of them get the whole rollout, scored by `model` where
     the engine records no entropies."""
 
-    engine: Engine
+    engine: Continues
     world: World
     model: Any
     score_rows: int

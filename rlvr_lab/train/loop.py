@@ -168,7 +168,10 @@ class Trainer:
                 self._sync(0)
                 sampling = replace(sampling_of(self.config), streams="step")  # one process draws
                 engine = for_task(self.engine, self.problems.task, self.problems.evaluation)
-                sample = lambda: engine.sample(prompts, 1, sampling, generator).to("cpu")  # noqa: E731
+
+                def sample() -> Rollout:
+                    return engine.sample(prompts, 1, sampling, generator).to("cpu")
+
                 probe = self.world.on_main(sample).to(self.device)
         return Bookkeeper(self.policy.model, probe, rows, self.config.ledger.window)
 

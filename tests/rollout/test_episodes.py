@@ -103,8 +103,19 @@ def test_verdicts_see_the_turns(tiny_s: Policy) -> None:
 def test_an_endless_or_broken_environment_is_ended_by_the_cap_on_turns(tiny_s: Policy, environment: Echo) -> None:
     rollout = episodes(tiny_s, environment, max_tokens=100)
     assert {len(actions_of(rollout, row, tiny_s)) for row in range(6)} == {6}
-    if environment.broken:
-        assert ERROR.split()[0] == "<result>"  # and the episode went on
+
+
+def test_what_an_environment_raises_is_told_and_changes_nothing(tiny_s: Policy) -> None:
+    engine = EpisodeEngine(TransformersEngine(tiny_s), Echo(broken=True), PROBLEMS)
+    path = Path(0, 0, 0, 0, list(PROBLEMS[0].prompt_ids))
+    engine.turns.open(path)
+    (piece,) = engine.extend([path.start(8)], Sampling(), torch.Generator().manual_seed(0), stops=engine.turns.stops)
+    path.add(piece)
+    turn = engine.turns.respond(path)
+    assert (turn.observation, turn.valid, turn.done) == (ERROR, False, False)
+    assert path.ids[len(piece.ids) :] == tiny_s.encode(ERROR)
+    assert path.state == ()
+    assert path.open
 
 
 def test_the_limit_on_tokens_cuts_an_episode_unfinished(tiny_s: Policy) -> None:

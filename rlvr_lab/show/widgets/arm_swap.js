@@ -127,7 +127,8 @@ function render({ model, el }) {
     const frontier = [reference, ...pair].map((arm) => arm.frontier);
     const paths = panel("frontier, distinct against pass@1", frontier, rows.map((row) => [row.accuracy, row.distinct]));
     charts.replaceChildren(...by, paths);
-    output.textContent = pair.map((arm) => told(arm, at)).join("\n");
+    // an arm that was not evaluated then says its last figures: the step asked for must be told as well
+    output.textContent = [`Read after step ${at}.`, ...pair.map((arm) => told(arm, at))].join("\n");
     note.textContent = `${pair.map((arm) => `${arm.name}: ${arm.note}`).join("; ")}. Dotted: GRPO.`;
   };
   const swap = () => {

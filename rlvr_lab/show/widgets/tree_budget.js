@@ -66,7 +66,8 @@ function render({ model, el }) {
   for (const control of [trees, forks, branches, position]) control.input.addEventListener("input", draw);
 
   el.classList.add("rlw");
-  el.append(chart.root, trees.root, forks.root, branches.root, position.root, output);
+  // first what can always move: a recorded tree may have one fork, and begin with all of its roots
+  el.append(chart.root, position.root, trees.root, forks.root, branches.root, output);
   draw();
 }
 
