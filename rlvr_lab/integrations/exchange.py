@@ -22,7 +22,8 @@ from ..errors import UserError
 from ..methods import build, compose
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, Method, Pipeline
 from ..policy.forward import TokenView
-from ..tasks.registry import TASKS
+from ..tasks.agents.base import Environment
+from ..tasks.registry import task as make_task
 from ..train.metrics import rollout_metrics
 from ..train.parallel import World
 from ..train.update import Minibatch, Updater, UpdateTotals
@@ -80,7 +81,7 @@ def unsupported(pipeline: Pipeline) -> str | None:
 
 def refuse_turns(task: str, engine: str) -> None:
     """Raise UserError for a task (`data.task`) that is an environment, which the `engine` named cannot play."""
-    if hasattr(TASKS[task].load_class(), "step"):
+    if isinstance(make_task(task), Environment):
         raise UserError(
             f"data.task '{task}' is an environment that answers turn by turn, and what we give {engine} samples one "
             "answer to each prompt; train it with rlvr-lab train"

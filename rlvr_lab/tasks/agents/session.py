@@ -7,10 +7,17 @@ Gymnasium. `messages` is the episode as a conversation, as `verifiers` keeps it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..base import Verdict
 from .base import Environment, Turn, advance
+
+
+class MakesProblems(Environment[Any], Protocol):
+    """An environment that makes its problems, as those of this package do."""
+
+    def problems(self, count: int, seed: int, evaluation: bool = False) -> list[Any]:
+        """At most `count` problems of `seed`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class StepResult:
 class Session:
     """One episode at a time of an environment that makes its own problems; `evaluation` takes held-out ones."""
 
-    def __init__(self, environment: Environment[Any], *, evaluation: bool = False) -> None:
+    def __init__(self, environment: MakesProblems, *, evaluation: bool = False) -> None:
         self.environment, self.evaluation = environment, evaluation
         self.problem: Any = None
         self.state: Any = None
@@ -44,7 +51,7 @@ class Session:
 
         Raises ValueError where there are not so many.
         """
-        made = self.environment.problems(task_id + 1, seed, self.evaluation)  # type: ignore[attr-defined]
+        made = self.environment.problems(task_id + 1, seed, self.evaluation)
         if not 0 <= task_id < len(made):
             raise ValueError(f"{self.environment.name} has no problem number {task_id}")
         self.problem = made[task_id]
