@@ -66,6 +66,24 @@ def _rollout(
     return Entry(slug, title, arxiv, slug, stage, f"methods.{slug}", cls, where, recipe or f"{slug}/math", status)
 
 
+def _inside(
+    slug: str,
+    title: str,
+    arxiv: str,
+    stage: str,
+    module: str,
+    cls: str | None = None,
+    chapter: bool = False,
+    recipe: str | None = None,
+) -> Entry:
+    """What looks into the model, or acts at inference; without `cls` it does not train."""
+    status = _TESTED if cls else f"tested, {stage}"
+    where = f"7_inside/{slug}" if chapter else None
+    return Entry(
+        slug, title, arxiv, slug, stage, module, cls, where, recipe, status if chapter else f"{status}; chapter to come"
+    )
+
+
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
     status = "tested, an analysis"
     return Entry(slug, title, arxiv, slug, "analysis", module, None, f"2_measuring/{slug}", None, status)
