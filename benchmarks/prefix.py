@@ -1,4 +1,4 @@
-"""What sampling from prefixes costs: CPU time per generated token of `extend`.
+"""What sampling from prefixes costs: CPU time per generated token of `extend`, with and without its memory.
 
     python benchmarks/prefix.py [--repeats 5]
 
@@ -13,6 +13,11 @@ policies: the tiny lab's S on Countdown, and a Llama of 28 million random parame
 - `tree`: what a tree method does. A quarter of the responses from the prompts, and three branches of each from random
   places; time and tokens of both calls together;
 - `stops`: `empty`, looking for a stop text that never comes.
+
+Every variant runs twice: as it trains by default, with the keys and values of one sampling kept
+(`rollout.prefix_memory`), and `again`, where every prefix is read again. Keeping them is charged to whoever samples
+first: `tree` holds both calls; in the other variants the responses that are cut were sampled before, as by a method
+that went through its tree, and what the memory then holds is copied for every measurement.
 
 Each is compared with two things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
 longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts; what is left is the
@@ -42,6 +47,7 @@ from rlvr_lab.core.paths import Piece, Start
 from rlvr_lab.policy.load import Policy, load_policy
 from rlvr_lab.policy.tiny import shipped
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
+from rlvr_lab.rollout.memory import Memory
 from rlvr_lab.tasks import countdown
 from rlvr_lab.train.loop import machine
 
@@ -87,6 +93,11 @@ def larger(folder: str) -> Case:
     return Case(load_policy(folder, device="cpu"), prompts, 8, Sampling(1.0, 48), "yes yes yes")
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
 Work = Callable[[torch.Generator], list[Piece]]
 
 
@@ -107,9 +118,9 @@ def bare(starts: Sequence[Start], prompt_tokens: int) -> list[Start]:
     return sorted(short, key=lambda start: list(start.ids))
 
 
-def variants(case: Case) -> dict[str, tuple[Work, Work]]:
+def variants(case: Case, engine: TransformersEngine) -> dict[str, tuple[Work, Work]]:
     """Every variant, and work of the same shape without prefixes."""
-    engine, most, width = TransformersEngine(case.policy), case.sampling.max_tokens, len(case.prompts[0])
+    most, width = case.sampling.max_tokens, len(case.prompts[0])
 
     def grown(starts: Sequence[Start], generator: torch.Generator, *stops: str) -> list[Piece]:
         return engine.extend(starts, case.sampling, generator, stops=stops)
@@ -139,9 +150,24 @@ def variants(case: Case) -> dict[str, tuple[Work, Work]]:
     return found
 
 
-def per_token(work: Work) -> float:
+def known(engine: TransformersEngine) -> Callable[[], Memory]:
+    """Makes memories that hold what the engine's holds now."""
+    memory = engine.memory
+    assert memory is not None
+
+    def again() -> Memory:
+        made = Memory(memory.most_bytes)
+        made.blocks, made.bytes, made._index = list(memory.blocks), memory.bytes, dict(memory._index)
+        return made
+
+    return again
+
+
+def per_token(engine: TransformersEngine, work: Work, memory: Memory | None = None) -> float:
     """CPU seconds per generated token."""
+    engine.memory = memory
     seconds, pieces = cpu(lambda: work(torch.Generator().manual_seed(2)))
+    engine.memory = None
     return seconds / sum(len(piece.ids) for piece in pieces)
 
 
@@ -154,15 +180,25 @@ def measured(name: str, case: Case, repeats: int) -> dict[str, object]:
         seconds, rollout = cpu(lambda: engine.sample(case.prompts, case.group, case.sampling, generator))
         return seconds / int(rollout.sampled.sum())
 
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for variant, (work, shape) in variants(case).items():
-        rows = [(per_token(work), plain(), per_token(shape)) for _ in range(repeats + 1)][1:]
-        ratios = {"over_plain": [a / b for a, b, _ in rows], "over_same_shape": [a / c for a, _, c in rows]}
+    with engine.remembering():
+        works = variants(case, engine)
+        roots = known(engine)
+    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for variant, (work, shape) in works.items():
+        memory = Memory if variant == "tree" else roots
+        rows = [
+            (per_token(engine, work, memory()), per_token(engine, work), plain(), per_token(engine, shape))
+            for _ in range(repeats + 1)
+        ][1:]
         found[variant] = {
-            key: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-            for key, values in ratios.items()
+            way: {
+                "over_plain": spread([row[place] / row[2] for row in rows]),
+                "over_same_shape": spread([row[place] / row[3] for row in rows]),
+            }
+            for place, way in enumerate(("kept", "again"))
         }
-        print(name, variant, {key: round(value["median"], 2) for key, value in found[variant].items()}, flush=True)
+        print(name, variant, {(w, k): round(v["median"], 2) for w, o in found[variant].items() for k, v in o.items()},
+              flush=True)  # fmt: skip
     return {
         "parameters": sum(p.numel() for p in case.policy.model.parameters()),
         "responses": len(case.prompts) * case.group,
@@ -170,7 +206,9 @@ def measured(name: str, case: Case, repeats: int) -> dict[str, object]:
         "max_tokens": case.sampling.max_tokens,
         "plain_microseconds_per_token": 1e6 * plain(),
         "cost_per_generated_token": found,
-        "within_aim": {name: {k: v["median"] <= AIM for k, v in value.items()} for name, value in found.items()},
+        "within_aim": {
+            name: {key: value["median"] <= AIM for key, value in ways["kept"].items()} for name, ways in found.items()
+        },
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.methods.arbitrary_entropy import EXTRA
 from rlvr_lab.methods.base import Pipeline
-from rlvr_lab.policy.forward import RAW, score
+from rlvr_lab.policy.forward import LAYER_LOGPROB, RAW, score, score_layer
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.rollout.engine import Sampling, TransformersEngine
 from rlvr_lab.tasks import countdown
@@ -97,6 +97,11 @@ def ready_rollout(model: Any, rollout: Rollout, pipeline: Pipeline) -> Rollout:
     extra = (torch.arange(len(rollout)) >= len(rollout) * 3 // 4).float()[:, None].expand(rollout.response_ids.shape)
     raw = [name for name in RAW if pipeline.needs(name)]
     rollout = score(model, rollout, 8, read=pipeline.reader(old=True), raw=raw)
+    if (lens := pipeline.lens(0, model)) is not None:
+        rollout = score_layer(model, rollout, lens, 8)
+        layer = rollout.statistics[LAYER_LOGPROB]
+        moved = (layer + 0.1 * torch.randn(layer.shape, generator=generator)).masked_fill(~rollout.mask, 0.0)
+        rollout = rollout.with_statistics(**{LAYER_LOGPROB: moved})
     old, outside = rollout.require("old_logprob", by="ready_rollout"), ~rollout.mask
     moved, reference = (old + s * torch.randn(old.shape, generator=generator) for s in (0.1, 0.3))
     # answers of one cluster are neighbours, and one response in five has none

@@ -182,6 +182,9 @@ _CATALOGUE = (
     _method("ares_kl", "ares", "preset: tiny, kl: windows", "and a KL that gives way in the events"),
     _control("ares_kl_only", "ares", "ares", "preset: tiny, kl: windows, reward: none", "that KL without the reward"),
     _control("ares_batch_target", "ares", "ares", "preset: tiny, target: batch", "the text's target, which is GRPO"),
+    _method("bupo", "bupo", "preset: tiny", "8 steps on the policy of layer 1 of 3"),
+    _control("bupo_long", "bupo", "bupo", "preset: tiny, s_inter: 40", "40 steps on it"),
+    _control("bupo_last", "bupo", "bupo", "preset: tiny, layer: last", "on the last layer, which is GRPO"),
 )  # fmt: skip
 CATALOGUE: dict[str, Arm] = {arm.name: arm for arm in _CATALOGUE}
 

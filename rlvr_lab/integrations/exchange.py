@@ -32,10 +32,13 @@ Methods = Mapping[str, Mapping[str, Any] | None] | Sequence[Method | str | Mappi
 """Methods, slugs, or settings by slug."""
 
 NOT_IN_TRL = {
+    "trainable": "it freezes parameters before the optimizer is made, which is TRL's (freeze them yourself, by "
+    "policy.freeze.train_only, before the model is given to the trainer)",
     "select": "it chooses problems, and TRL's sampler deals the dataset",
     "sample": "it samples in its own way, and TRL generates",
     "replay": "it learns from responses of earlier steps, and TRL trains on those it has just generated",
     "temper": "it sets the temperature of every token while sampling, and TRL generates at one",
+    "lens": "it trains the policy of one layer, and TRL's forward pass gives the log-probs of the last one only",
     "read_logits": "TRL's forward pass does not keep the whole distribution of a token",
     "read_old_logits": "TRL's forward pass does not keep the whole distribution of a token",
 }
@@ -64,9 +67,9 @@ def pipeline_of(methods: Methods) -> Pipeline:
 def unsupported(pipeline: Pipeline) -> str | None:
     """Why TRL cannot carry a composition, with the method and the reason; None where it can.
 
-    Of the registered methods it cannot carry `agentic_aepo`, `arbitrary_entropy`, `empo`, `ettrl`, `lp_reg`, `siren`,
-    `spear`, `tp_grpo` and `ucas`; `ares` only where it counts no trigger words, `cure` only in its second stage (n2 0),
-    `hapo` only with tau 0.
+    Of the registered methods it cannot carry `agentic_aepo`, `arbitrary_entropy`, `bupo`, `empo`, `ettrl`, `kappatune`,
+    `lp_reg`, `siren`, `spear`, `tp_grpo` and `ucas`; `ares` only where it counts no trigger words, `cure` only in its
+    second stage (n2 0), `hapo` only with tau 0.
     """
     for method in pipeline.methods:
         for hook, reason in NOT_IN_TRL.items():
@@ -77,6 +80,17 @@ def unsupported(pipeline: Pipeline) -> str | None:
             if field not in CARRIED:
                 return f"TRL cannot carry '{method.slug}': it needs '{field}', which TRL's generation batch lacks"
     return None
+
+
+def adapter_targets(lora: Any, engine: str) -> list[str] | str:
+    """`target_modules` of an engine's LoRA for `model.lora`. Raises UserError for a choice by condition numbers, which
+    needs the weights."""
+    if lora.kappa:
+        raise UserError(
+            f"model.lora.kappa chooses layers by their weights, which an export to {engine} does not load; name the "
+            "layers in model.lora.targets (methods.kappatune.adapter_targets gives their names)"
+        )
+    return list(lora.targets) or "all-linear"
 
 
 def refuse_turns(task: str, engine: str) -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import UserError
 from ..train.config import TrainConfig
-from .exchange import pipeline_of, refuse_turns, unsupported
+from .exchange import adapter_targets, pipeline_of, refuse_turns, unsupported
 
 SCRIPT = Template('''\
 """Written by `rlvr-lab export --engine trl`: $title in TRL. Run launch.sh, or: python train_trl.py"""
@@ -183,7 +183,7 @@ def _adapters(config: TrainConfig) -> dict[str, str]:
     lora = config.model.lora
     if not lora.rank:
         return {"lora_import": "", "lora": ""}
-    targets = list(lora.targets) or "all-linear"
+    targets = adapter_targets(lora, "TRL")
     made = f"LoraConfig(r={lora.rank}, lora_alpha={lora.alpha}, target_modules={targets!r}, lora_dropout=0.0)"
     return {"lora_import": "from peft import LoraConfig\n", "lora": f"        peft_config={made},\n"}
 

@@ -23,7 +23,7 @@ import yaml
 from ..errors import UserError
 from ..methods.base import Pipeline
 from ..train.config import TrainConfig
-from .exchange import refuse_turns
+from .exchange import adapter_targets, refuse_turns
 from .verl_support import VERSION, Tier, obstacles, pipeline_of, reduction_mode, require_tier
 
 PROMPT_TOKENS = 2048
@@ -182,7 +182,7 @@ def _model(config: TrainConfig) -> dict[str, Any]:
     }
     lora = config.model.lora
     if lora.rank:
-        targets = list(lora.targets) or "all-linear"
+        targets = adapter_targets(lora, "verl")
         found |= {"lora_rank": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}
     return found
 

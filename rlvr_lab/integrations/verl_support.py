@@ -9,6 +9,7 @@ sees everything our loop sees.
 | `select`, `sample` | yes | verl's dataset and agent loop | verl's dataset and agent loop |
 | `replay` | yes | no: verl's batch holds new responses only | no |
 | `temper` | yes | no: verl samples at one temperature | no |
+| `lens` | yes | no: verl's engines give log-probs of the last layer | no |
 | `reward`, `filter` | yes | verl's reward function, `algorithm.filter_groups` | yes; no refill |
 | `advantage` | whole rollout | rewards, mask, group; whole rollout | whole rollout |
 | `channels` | whole rollout | no | whole rollout |
@@ -49,10 +50,12 @@ MINIBATCH_CLIP = frozenset({"bapo", "hapo"})
 """Methods whose `clip` bounds span the minibatch, so that tier A, which sees a micro-batch, cannot have them right."""
 
 _WHY_NOT_A = {
+    "trainable": "chooses which parameters train, before verl makes its optimizer",
     "select": "chooses problems; in verl that is the dataset or data.sampler",
     "sample": "samples in its own way; in verl that is an agent loop",
     "replay": "learns from responses of earlier steps, and verl's batch holds the new ones only",
     "temper": "sets the temperature of every token while sampling, and verl's rollout has one (tau: 0 switches it off)",
+    "lens": "trains the policy of one layer, and verl's engines give the log-probs of the last one only",
     "channels": "needs a second advantage channel over the whole rollout; a registered loss is given one",
     "prepare": "takes a statistic or a selection over the optimizer minibatch; a registered loss sees one micro-batch",
     "weight": "weights tokens by fields of the rollout that a registered loss is not given",
@@ -70,7 +73,7 @@ _NOT_RECORDED = {
     "cluster_id": "needs answers clustered without labels, which verl's reward function does not do",
     "thought_label": "needs a judge of thoughts, which verl's rollout has not",
 }
-_NOT_IN_B = ("select", "sample", "replay", "temper", "read_logits", "read_old_logits")
+_NOT_IN_B = ("trainable", "select", "sample", "replay", "temper", "lens", "read_logits", "read_old_logits")
 _WHY_NOT_B = {hook: _WHY_NOT_A[hook] for hook in _NOT_IN_B}
 
 

@@ -7,9 +7,11 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 
 | hook | sees | returns | combination |
 |---|---|---|---|
+| `trainable` | parameters of the starting policy by name | names of those that train | exclusive |
 | `select` | task pool, step | problem indices | exclusive |
 | `sample` | engine, prompts | `Rollout` | exclusive |
 | `temper` | its own state | `TemperatureRule` for this step's sampling, or None | exclusive |
+| `lens` | step, number of layers | `Lens`: whose policy this step trains; None is the model's own | exclusive |
 | `reward` | rollout with statistics | reward components by name, [B] each | all are added |
 | `filter` | graded rollout | rollout with rows dropped or tokens unmarked | one after the other |
 | `advantage` | whole rollout | advantage [B, T] | exclusive |
@@ -23,6 +25,9 @@ given. The loop asks the composed `Pipeline` and never asks for a method by name
 | `surrogate` | micro-batch (`LossInputs`) | per-token loss (`Surrogate`) | exclusive |
 | `regularise` | micro-batch (`LossInputs`) | extra per-token loss [b, T] | all are added |
 | `observe` | step metrics | nothing; changes its own state | all are told |
+
+`trainable` is asked once, before the optimizer is made, and everything it leaves out is frozen; without an owner all
+parameters train. A run that is resumed gives the method its state first, and it then answers as it did at the start.
 
 `channels` exists for what must be known of the whole rollout and is no advantage of its own, such as a second one that
 a surrogate blends with the first. What it returns are statistics of the rollout from then on.
@@ -46,6 +51,11 @@ minibatch without gradient, for `prepare`, and again in every micro-batch with g
 factors, and no method. Behaviour log-probs are then those of each token's own temperature, and the policy's stay those
 of `rollout.temperature`.
 
+`lens` is asked once per step and at the start. The loss then is a layer's: `LossInputs.logprob`, `entropy` and
+`statistics`, the minibatch's `old_logprob` and `CURRENT` are of that layer's policy, and layers above it have no
+gradient. The rollout keeps the real policy's: `token_entropy`, and `old_logprob` up to the update. What compares the
+two in the loss (a reference, the sampler, earlier responses) cannot stand beside it and is refused.
+
 Beside the hooks a method may speak: `metrics` adds figures to the step's, `notices` tells the user something once, and
 `check_run` refuses, before the first step, what cannot be right for the run. `bind` comes before it and turns texts of
 the settings, such as an end-of-thinking marker, into token ids.
@@ -60,13 +70,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.lens import Lens
 from ..core.losses import Surrogate
 from ..core.reduce import Reduction
 from ..core.rollout import Rollout
 from ..core.temperature import TemperatureRule
 from ..errors import UserError
 
-EXCLUSIVE = ("select", "sample", "temper", "advantage", "replay", "clip", "surrogate")
+EXCLUSIVE = ("trainable", "select", "sample", "temper", "lens", "advantage", "replay", "clip", "surrogate")
 CHAINED = (
     "reward",
     "filter",
@@ -78,8 +89,9 @@ CHAINED = (
     "read_old_logits",
     "read_logits",
 )
-HOOKS = ("select", "sample", "temper", "read_old_logits", "reward", "filter", "advantage", "channels", "replay",
-         "read_logits", "prepare", "weight", "clip", "surrogate", "regularise", "observe")  # fmt: skip
+HOOKS = ("trainable", "select", "sample", "temper", "lens", "read_old_logits", "reward", "filter", "advantage",
+         "channels", "replay", "read_logits", "prepare", "weight", "clip", "surrogate", "regularise",
+         "observe")  # fmt: skip
 NEEDED = ("advantage", "clip", "surrogate", "reduction")
 Encode = Callable[[str], list[int]]
 CURRENT = ("current_logprob", "current_entropy")
@@ -195,6 +207,7 @@ class Pipeline:
         for hook in NEEDED:
             if self.owners[hook] is None:
                 raise UserError(f"no method of this composition owns the hook '{hook}'; add a base such as 'grpo'")
+        self._refuse_beside_a_lens()
 
     def _refuse_repetition(self) -> None:
         slugs = [m.slug for m in self.methods]
@@ -220,6 +233,22 @@ class Pipeline:
             raise UserError(f"{owners} both own the hook '{hook}'; a composition can hold one of them")
         found = changes or able
         return found[0] if found else None
+
+    def _refuse_beside_a_lens(self) -> None:
+        owner = self.owners["lens"]
+        if owner is None:
+            return
+        for method in self.methods:
+            in_loss = method.has("regularise") or method.has("surrogate")
+            reasons = {
+                "compares with the log-probs of a reference model": in_loss and "ref_logprob" in method.requires,
+                "corrects from the sampler to the policy": method.importance_cap is not None,
+                "learns from earlier responses": method.has("replay"),
+            }
+            for why, applies in reasons.items():
+                if applies:
+                    raise UserError(f"'{owner.slug}' trains the policy of a layer, and '{method.slug}' {why}, which is "
+                                    "of another policy; leave one of the two out")  # fmt: skip
 
     def any(self, attribute: str) -> bool:
         """Whether some method sets a class attribute such as `needs_current`."""
@@ -269,6 +298,16 @@ class Pipeline:
         owner = self.owner("temper")
         rule: TemperatureRule | None = owner.temper() if owner else None
         return rule
+
+    def lens(self, step: int, model: Any) -> Lens | None:
+        """Whose policy step `step` (from 0) trains; None for the model's own. Of a transformers `model` only the number
+        of layers is read, and only where a method has the hook. Raises UserError for a layer that it lacks."""
+        owner = self.owner("lens")
+        if owner is None:
+            return None
+        depth = int(model.config.num_hidden_layers)
+        lens: Lens | None = owner.lens(step, depth)
+        return None if lens is None or lens.layer == depth else lens
 
     # -- over the whole rollout ---------------------------------------------------------------------------------
 

@@ -58,6 +58,8 @@ class Job:
     """Most responses of earlier steps that an update learns from beside the new ones."""
     turns: int
     """Most turns of a response; 1 without an environment."""
+    prefix_memory: int
+    """Bytes of keys and values kept while responses grow from prefixes; 0 where none does, or where vLLM samples."""
     padded: bool
     """Whether prompts of different lengths share a batch, so that attention needs a mask."""
     recompute: bool
@@ -198,6 +200,7 @@ def job_of(
         epochs=update.epochs,
         steps=config.steps,
         turns=prompts.turns,
+        prefix_memory=_prefix_memory(config, pipeline, prompts.turns),
         padded=lengths[0] != lengths[1],
         recompute=update.recompute_old_logprob,
         **_composition(pipeline),
@@ -211,6 +214,11 @@ def job_of(
         lora_rank=lora.rank,
         lora_parameters=shape.lora_parameters(lora.rank, lora.targets or None),
     )
+
+
+def _prefix_memory(config: TrainConfig, pipeline: Pipeline, turns: int) -> int:
+    continues = turns > 1 or pipeline.owner("sample") is not None
+    return config.rollout.prefix_memory << 20 if continues and config.rollout.engine == "transformers" else 0
 
 
 def _composition(pipeline: Pipeline) -> dict[str, Any]:

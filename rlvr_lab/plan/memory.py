@@ -86,7 +86,7 @@ class Memory:
 def memory(job: Job) -> Memory:
     """Memory of one GPU of the job."""
     state = tuple(_state(job))
-    temporary = [_rollout(job), _gathered(job), _score(job), *_update(job), _step_temporaries(job)]
+    temporary = [_rollout(job), _prefixes(job), _gathered(job), _score(job), *_update(job), _step_temporaries(job)]
     parts = [*(() if job.offload else state), *_copies(job), _record(job), *_engine(job), *temporary, *_fixed(job)]
     return Memory(tuple(p for p in parts if p is not None and p.largest), state if job.offload else ())
 
@@ -183,6 +183,15 @@ def _rollout(job: Job) -> Part | None:
         f" + {DRAWS} x {rows} x V {s.vocabulary:,} x 4 B"
     )
     return Part("KV cache and draw", formula, {"rollout": cache + growing + drawing + tape})
+
+
+def _prefixes(job: Job) -> Part | None:
+    """Contexts of trees and episodes that are not read twice."""
+    if not job.prefix_memory:
+        return None
+    return Part(
+        "remembered prefixes", f"rollout.prefix_memory {job.prefix_memory >> 20} MiB", {"rollout": job.prefix_memory}
+    )
 
 
 # -- passes -----------------------------------------------------------------------------------------------------------

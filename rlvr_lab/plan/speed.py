@@ -110,15 +110,17 @@ def _sampling(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:
 
 
 def _turns(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:
-    """Episodes whose cache is not kept between turns are read again at every turn but the first."""
-    if job.turns == 1 or job.engine != "transformers":
+    """Episodes are read again at every turn but the first, as far as `rollout.prefix_memory` does not keep them."""
+    whole = job.own_responses * job.longest * job.shape.kv_bytes(job.computed)
+    forgotten = max(0.0, 1 - job.prefix_memory / whole)
+    if job.turns == 1 or job.engine != "transformers" or not forgotten:
         return []
     again = -(-job.turns // 2) - 1
     context = job.prompt_tokens + job.mean_tokens / 2
     peak = job.device.throughput(job.dtype) * assumed.prefill
-    seconds = batches * again * job.own_responses * context * flops_per_token(job, context / 2) / peak
-    formula = f"{again} further turns x {job.own_responses:,} episodes x {context:,.0f} tokens x 2 P"
-    return [Duration("read episodes again", f"{formula}, half of the most turns assumed", seconds)]
+    seconds = forgotten * batches * again * job.own_responses * context * flops_per_token(job, context / 2) / peak
+    formula = f"{again} further turns x {job.own_responses:,} episodes x {context:,.0f} tokens x 2 P x {forgotten:.0%}"
+    return [Duration("read episodes again", f"{formula} not kept, half of the most turns assumed", seconds)]
 
 
 def _scoring(job: Job, assumed: Assumptions, batches: float) -> list[Duration]:

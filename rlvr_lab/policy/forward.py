@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.entropy import entropy_of_log
 from ..core.head import head_statistics
+from ..core.lens import Lens
 from ..core.rollout import Rollout
+from .access import lens_hidden, parts
 
 LARGE = 4096  # vocabulary from which the tiled head pays; below it one softmax over all logits is faster
 LEAST = -1e4  # of log p where squares of it are formed: p is 0 far above it, and the square must stay finite
@@ -26,6 +28,9 @@ RAW = ("sampled_logit", "token_certainty")
 """Statistics of the logits z that `score` records where it is asked for them: z of the recorded token before the
 temperature, which log-probs do not hold; and -mean_v log p_v = logsumexp(z / T) - mean_v z_v / T, for which a large
 vocabulary need not be formed again."""
+
+LAYER_LOGPROB, LAYER_ENTROPY = "layer_logprob", "layer_entropy"
+"""Statistics of a layer's policy that `score_layer` records beside those of the model's own."""
 
 Reader = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 """Token statistics by name from the log-probabilities [..., V] of all tokens and the recorded ids [...]."""
@@ -85,17 +90,19 @@ def token_view(
     packed: bool = False,
     read: Reader | None = None,
     raw: Sequence[str] = (),
+    lens: Lens | None = None,
 ) -> TokenView:
     """Log-probability, and where asked for entropy and moments, from one pass; see `response_statistics`.
 
     A large vocabulary goes through the head of `core.head`, which never holds [B, T, V]; `live` [B, T] then names the
     tokens that reach the loss, and no backward runs for the others. `packed`: all rows as one sequence without
     padding, which attention must keep apart (`packing_error`). `read` is asked for statistics that need the whole
-    distribution; a large vocabulary is then formed a second time, some tokens at once. `raw`: names of `RAW`. Raises
-    `core.head.NotFinite` where the tiled head does.
+    distribution; a large vocabulary is then formed a second time, some tokens at once. `raw`: names of `RAW`. `lens`:
+    everything is of that layer's policy, and only the layers up to it run; None is the model's own. Raises
+    `core.head.NotFinite` where the tiled head does, UserError for a layer or an architecture that has no lens.
     """
     sharded = getattr(model, FORWARD, None)
-    arguments = (rollout, want_entropy, want_moments, live, packed, read, raw)
+    arguments = (rollout, want_entropy, want_moments, live, packed, read, raw, lens)
     logprob, entropy, moments, found = sharded(*arguments) if sharded else token_tensors(model, *arguments)
     if sharded:
         # FSDP gathers weights for the backward pass when a gradient reaches these tensors, which one taken with respect
@@ -117,6 +124,7 @@ def token_tensors(
     packed: bool,
     read: Reader | None = None,
     raw: Sequence[str] = (),
+    lens: Lens | None = None,
     call: Any = None,
 ) -> Tensors:
     """The fields of a `TokenView` and of its `Moments` as plain tensors, which sharding can follow.
@@ -126,8 +134,10 @@ def token_tensors(
     """
     line = _packed(rollout) if packed and bool(rollout.response_mask.any()) else _padded(rollout)
     if _has_plain_head(model):
-        return _head_tensors(model, rollout, line, want_entropy, want_moments, live, read, raw, raises=call is None)
-    logits = line.of_tokens((call or model)(**line.inputs, logits_to_keep=line.keep).logits).float()
+        hidden = line.hidden_of_tokens(_hidden(model, line, lens))
+        raises = call is None
+        return _head_tensors(model, rollout, line, hidden, want_entropy, want_moments, live, read, raw, raises)
+    logits = _logits(model, line, lens, call or model).float()
     log_p = torch.log_softmax(logits / _one_temperature(rollout), -1)
     logprob = log_p.gather(-1, line.ids.unsqueeze(-1)).squeeze(-1)
     entropy = line.spread(entropy_of_log(log_p)) if want_entropy else None
@@ -135,6 +145,32 @@ def token_tensors(
     found = dict(read(log_p, line.ids)) if read else {}
     found |= _raw(logits, log_p, line.ids, raw)
     return line.spread(logprob), entropy, moments, {name: line.spread(value) for name, value in found.items()}  # type: ignore[return-value]
+
+
+def _hidden(model: Any, line: _Line, lens: Lens | None) -> Tensor:
+    """What the head is given, at all positions [B, S, d]."""
+    if lens is not None:
+        return lens_hidden(model, lens, **line.inputs)
+    hidden: Tensor = model.get_decoder()(**line.inputs).last_hidden_state
+    return hidden
+
+
+def _logits(model: Any, line: _Line, lens: Lens | None, call: Any) -> Tensor:
+    """Logits at the tokens, [B, T, V] or [n, V]."""
+    if lens is None:
+        return line.of_tokens(call(**line.inputs, logits_to_keep=line.keep).logits)
+    logits: Tensor = model.get_output_embeddings()(line.hidden_of_tokens(_hidden(model, line, lens)))
+    return logits
+
+
+def untouched(model: Any, lens: Lens) -> list[Tensor]:
+    """Parameters without influence on the policy of `lens`: layers above it, and the final norm of a raw one. Empty
+    for the last layer."""
+    own = parts(model)
+    if lens.layer == own.depth:
+        return []
+    modules = [*own.layers[lens.layer :], *([own.final_norm] if lens.kind == "raw" else [])]
+    return [p for module in modules for p in module.parameters()]
 
 
 def _raw(logits: Tensor, log_p: Tensor, ids: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -214,6 +250,7 @@ def _head_tensors(
     model: Any,
     rollout: Rollout,
     line: _Line,
+    hidden: Tensor,
     want_entropy: bool,
     want_moments: bool,
     live: Tensor | None,
@@ -221,7 +258,6 @@ def _head_tensors(
     raw: Sequence[str],
     raises: bool,
 ) -> Tensors:
-    hidden = line.hidden_of_tokens(model.get_decoder()(**line.inputs).last_hidden_state)
     head = model.get_output_embeddings()
     flags, temperature = line.live(live), _one_temperature(rollout)
     try:
@@ -313,6 +349,15 @@ def score(
     return rollout.with_(old_logprob=logprob).with_statistics(token_entropy=entropy, **found)
 
 
+def score_layer(
+    model: Any, rollout: Rollout, lens: Lens, rows: int, tokens: int | None = None, world: Division | None = None
+) -> Rollout:
+    """Record `LAYER_LOGPROB` and `LAYER_ENTROPY` [B, T] of the policy of `lens`, the old one of an update of it; see
+    `scored`. `old_logprob` and `token_entropy` stay those of the model's own."""
+    logprob, entropy = scored(model, rollout, rows, tokens, world, lens)
+    return rollout.with_statistics(**{LAYER_LOGPROB: logprob, LAYER_ENTROPY: entropy})
+
+
 def passes(rollout: Rollout, index: Tensor, rows: int, tokens: int | None = None) -> list[Tensor]:
     """The rows `index` cut into forward passes in their order: `rows` each, or where `tokens` is given as many as have
     at most so many prompt and response tokens together (a single one may have more)."""
@@ -331,15 +376,20 @@ def passes(rollout: Rollout, index: Tensor, rows: int, tokens: int | None = None
 
 
 def scored(
-    model: Any, rollout: Rollout, rows: int, tokens: int | None = None, world: Division | None = None
+    model: Any,
+    rollout: Rollout,
+    rows: int,
+    tokens: int | None = None,
+    world: Division | None = None,
+    lens: Lens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy [B, T] of the recorded tokens, zero outside the mask, without gradient.
 
     `rows` responses at a time, longest first; or packed, `tokens` tokens at a time. With a `world` its processes share
     the passes, and all of them get the whole. Raises FloatingPointError as `token_view` does, on all of them.
     """
-    logprob, entropy = scored_fields(model, rollout, ("logprob", "entropy"), rows, tokens, world)
-    return logprob, entropy
+    found = scored_statistics(model, rollout, ("logprob", "entropy"), rows, tokens, world, lens=lens)
+    return found["logprob"], found["entropy"]
 
 
 def scored_fields(
@@ -363,8 +413,9 @@ def scored_statistics(
     tokens: int | None = None,
     world: Division | None = None,
     read: Reader | None = None,
+    lens: Lens | None = None,
 ) -> dict[str, Tensor]:
-    """`scored_fields` by name, and after them what `read` finds."""
+    """`scored_fields` by name, and after them what `read` finds; of the policy of `lens`, see `token_view`."""
     shape, device = rollout.response_ids.shape, rollout.response_ids.device
     names = [*fields, *(_names(read, model.config.vocab_size, device) if read else ())]
     found = {name: torch.zeros(shape, device=device) for name in names}
@@ -373,7 +424,7 @@ def scored_statistics(
         # a process with one pass less runs along with one row: sharded weights are brought together by all
         part = rollout.rows(every[-1][-1:] if index is None else index)
         try:
-            values = _fields(model, part, fields, tokens is not None, read)
+            values = _fields(model, part, fields, tokens is not None, read, lens)
         except FloatingPointError:
             if world is None:
                 raise
@@ -395,11 +446,11 @@ def _names(read: Reader, vocabulary: int, device: torch.device) -> list[str]:
 
 
 def _fields(
-    model: Any, rollout: Rollout, fields: Sequence[str], packed: bool, read: Reader | None
+    model: Any, rollout: Rollout, fields: Sequence[str], packed: bool, read: Reader | None, lens: Lens | None
 ) -> dict[str, Tensor]:
     raw = [name for name in fields if name in RAW]
     plain = ("logprob", "entropy")
     moments = [name for name in fields if name not in (*plain, *RAW)]
-    view = token_view(model, rollout, "entropy" in fields, bool(moments), packed=packed, read=read, raw=raw)
+    view = token_view(model, rollout, "entropy" in fields, bool(moments), None, packed, read, raw, lens)
     known = {name: getattr(view, name) for name in fields if name in plain}
     return known | {name: getattr(view.moments, name) for name in moments} | dict(view.read)

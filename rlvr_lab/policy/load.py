@@ -84,7 +84,7 @@ def load_policy(path: str, *, device: str = "auto", dtype: str = "float32") -> P
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load a causal language model from '{path}': {_first_line(error)}") from error
     model = model.to(pick_device(device)).eval()
-    eos_ids = _end_tokens(model, tokenizer, path)
+    eos_ids = end_tokens(model, tokenizer, path)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"tokenizer of '{path}' has {len(tokenizer)} words, the model only embeds fewer; wrong pair?")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
@@ -107,7 +107,9 @@ def _check_directory(where: str) -> None:
         )
 
 
-def _end_tokens(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
+def end_tokens(model: Any, tokenizer: Any, path: str) -> tuple[int, ...]:
+    """Ids that end a response, those of the model's generation settings before the tokenizer's. Raises UserError where
+    neither names one; `path` is what the message calls the model."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
     found = tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -20,7 +20,8 @@ def is_lora(model: Any) -> bool:
 
 
 def add_adapters(model: Any, rank: int, alpha: float, targets: Sequence[str], seed: int) -> Any:
-    """The model with adapters on its linear layers `targets` (none: all but the head); its own weights are frozen.
+    """The model with adapters on its linear layers `targets`, by full names or their last parts (none: all but the
+    head); its own weights are frozen.
 
     `seed` decides A, so that all processes start alike. Raises UserError where peft is missing, or a target matches no
     linear layer.
@@ -32,8 +33,9 @@ def add_adapters(model: Any, rank: int, alpha: float, targets: Sequence[str], se
     import torch
 
     names = linear_names(model)
+    whole = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in targets:
-        if target not in names:
+        if target not in names and target not in whole:
             raise UserError(f"model.lora.targets: no linear layer is named '{target}'; {nearest(target, names)}")
     config = LoraConfig(
         r=rank,

@@ -83,8 +83,9 @@ def shard(model: Any, device: torch.device, processes: int, precision: torch.dty
 
 def _token_tensors(self: Any, *arguments: Any) -> Tensors:
     # not self(...): FSDP's hooks run around this method already
-    rollout, want_entropy, want_moments, live, packed, read, raw = arguments
-    logprob, *rest = token_tensors(self, rollout, want_entropy, want_moments, live, packed, read, raw, self.forward)
+    rollout, want_entropy, want_moments, live, packed, read, raw, lens = arguments
+    options = want_entropy, want_moments, live, packed, read, raw, lens
+    logprob, *rest = token_tensors(self, rollout, *options, call=self.forward)
     return logprob.clone(), *rest  # type: ignore[return-value]  # a view would lose the hook that gathers weights again
 
 

@@ -8,6 +8,7 @@ did not pay at this size and are not used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..core.paths import Path, Piece, Start
 from ..core.rollout import Rollout, pad
 from ..core.temperature import TemperatureRule
 from ..policy.load import Policy
+from .memory import MOST_BYTES, Memory
 from .scoring import fill_entropy
 from .stops import Stops
 from .streams import PromptNoise, Streams, at_quantile, keyed_seeds, prompt_seeds
@@ -121,6 +123,7 @@ class TransformersEngine:
         self.policy, self.replica = policy, replica
         self._eos = torch.tensor(policy.eos_ids, device=policy.device)
         self._stops: dict[tuple[str, ...], Stops] = {}
+        self.memory: Memory | None = None
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -140,6 +143,15 @@ class TransformersEngine:
 
     def close(self) -> None:
         """End the engine; nothing to end here."""
+
+    @contextmanager
+    def remembering(self, most_bytes: int = MOST_BYTES) -> Iterator[None]:
+        """Within the block contexts that were read or sampled are not read again. The weights must not change in it."""
+        self.memory = Memory(most_bytes)
+        try:
+            yield
+        finally:
+            self.memory = None
 
     @torch.no_grad()
     def sample(
@@ -250,6 +262,7 @@ class TransformersEngine:
         device = self.policy.device
         counts = torch.tensor([n for _, n in chunk], device=device)
         logits, cache, mask = self._prefill([p for p, _ in chunk], counts)
+        begun = mask.shape[1]
         most = int(limits.tokens.max())
         tape = _Tape(len(logits), most, self.policy.pad_id, limits.temperature, device)
         alive = torch.arange(len(logits), device=device)  # place on the tape of each row still in the cache
@@ -262,14 +275,32 @@ class TransformersEngine:
             running = running & ~self._ends(tape, limits, alive, running, tokens, step)
             left = int(running.sum())
             if not left or step + 1 == most:
+                self._keep(chunk, tape, cache, mask, alive, torch.ones_like(running), begun)
                 break
             if len(running) - left >= EVICT_SHARE * len(running):
                 keep = running.nonzero().squeeze(1)
+                self._keep(chunk, tape, cache, mask, alive, ~running, begun)
                 cache.batch_select_indices(keep)
                 alive, tokens, mask, running = alive[keep], tokens[keep], mask[keep], running[keep]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits = self._forward(tokens[:, None], mask, cache)
         return tape
+
+    def _keep(
+        self, chunk: Chunk, tape: _Tape, cache: Any, mask: Tensor, alive: Tensor, leaving: Tensor, begun: int
+    ) -> None:
+        """Remember rows that leave the cache: `begun` columns of contexts, and the tokens read since."""
+        if self.memory is None or not bool(leaving.any()):
+            return
+        rows = leaving.nonzero().squeeze(1)
+        contexts = [prompt for prompt, n in chunk for _ in range(n)]
+        # the newest token has not been read; rows that ended before they left have columns of no meaning
+        read = tape.length[alive[rows]].clamp_max(mask.shape[1] - begun)
+        tokens = [
+            [*contexts[i], *tape.ids[i, :n].tolist()] for i, n in zip(alive[rows].tolist(), read.tolist(), strict=True)
+        ]
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        self.memory.keep(tokens, cache, mask[rows].bool() & (columns < begun + read[:, None]), rows)
 
     def _ends(self, tape: _Tape, limits: _Limits, alive: Tensor, running: Tensor, tokens: Tensor, step: int) -> Tensor:
         """Which of the rows in the cache end with this token; the tape learns why."""
@@ -285,9 +316,16 @@ class TransformersEngine:
         from transformers import DynamicCache
 
         device = self.policy.device
+        places = [self.memory.find(p) for p in prompts] if self.memory is not None else []
+        known = [place for place in places if place is not None]
+        if self.memory is not None and len(known) == len(prompts):
+            cache, before = self.memory.cache(known, self.policy.model.config)
+            prompts = [p[place.length :] for p, place in zip(prompts, known, strict=True)]
+        else:
+            cache, before = DynamicCache(config=self.policy.model.config), None
         ids = pad(prompts, self.policy.pad_id, torch.long, left=True).to(device)
         mask = pad([[1] * len(p) for p in prompts], 0, torch.long, left=True).to(device)
-        cache = DynamicCache(config=self.policy.model.config)
+        mask = mask if before is None else torch.cat([before, mask], 1)
         logits = self._forward(ids, mask, cache)
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(counts)
         cache.batch_select_indices(repeat)

@@ -30,10 +30,12 @@ class UpdateResult:
 def update_result(
     pipeline: Pipeline, model: Any, rollout: Rollout, micro_batch_rows: int, order: Tensor | None = None
 ) -> UpdateResult:
-    """Loss and gradient of `rollout` as one optimizer minibatch, its rows taken in `order`. No optimizer step."""
+    """Loss and gradient of `rollout` as one optimizer minibatch of step 0, its rows taken in `order`. No optimizer
+    step."""
     order = torch.arange(len(rollout)) if order is None else order
     updater = Updater(model, torch.optim.SGD(model.parameters()), pipeline, micro_batch_rows=micro_batch_rows)
     rollout, advantage = pipeline.credit(rollout)
+    rollout = updater.look_through(pipeline.lens(0, model), rollout)
     batch = rollout.rows(order)
     part = advantage[order][:, : batch.response_ids.shape[1]]
     model.zero_grad(set_to_none=True)

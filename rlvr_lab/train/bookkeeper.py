@@ -132,6 +132,12 @@ class Bookkeeper:
             "ledger_residual": entry.residual,
         }
 
+    def measure(self) -> dict[str, float]:
+        """`end` for an update of another policy than the one measured, a layer's: what happened to the model's own
+        entropy, without a prediction, and so nothing for the gain."""
+        own, probe = self._measure()
+        return {"ledger_measured": own, "ledger_probe": probe}
+
     def _measure(self) -> tuple[float, float]:
         """Change of the mean token entropy on own rows and on the probe, from one forward pass over both."""
         if self.probe is None or self._probe_before is None:

@@ -329,9 +329,15 @@ def restore(where: Path, policy: Policy, optimizer: torch.optim.Optimizer, world
     if found != FORMAT:
         raise UserError(f"{where} has layout {found}, this version ({__version__}) reads {FORMAT}; update rlvr_lab")
     read_state(where / "state", policy.model, optimizer, plain["optimizer"], world)
+    _set_random_state(plain["random"])
+    return TrainerState(int(plain["step"]), read_parts(where))
+
+
+def read_parts(where: Path) -> dict[str, dict[str, Any]]:
+    """State of every part of a checkpoint, by name."""
+    plain = json.loads((where / "trainer.json").read_text())
     parts: dict[str, dict[str, Any]] = {name: dict(own) for name, own in plain["parts"].items()}
     for name, tensor in load_file(where / "trainer.safetensors").items():
         _, owner, key = name.split(".", 2)
         parts[owner][key] = tensor
-    _set_random_state(plain["random"])
-    return TrainerState(int(plain["step"]), parts)
+    return parts

@@ -7,6 +7,7 @@ refills, rewards and advantages see what they would see in one process.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..core.rollout import Rollout
 from ..core.rows import concatenate
 from ..core.temperature import TemperatureRule
 from ..methods.base import Pipeline
-from ..policy.forward import RAW, score
+from ..policy.forward import RAW, score, score_layer
 from ..policy.load import Policy
 from ..rollout.engine import Sampling
 from ..rollout.episodes import for_task
@@ -114,6 +115,9 @@ class Collector:
                     read = self.pipeline.reader(old=True)
                     raw = [name for name in RAW if self.pipeline.needs(name)]
                     rollout = score(self.model, rollout, update.micro_batch_rows, tokens_a_pass, world, read, raw)
+                    lens = self.pipeline.lens(step, self.model)
+                    if lens is not None:
+                        rollout = score_layer(self.model, rollout, lens, update.micro_batch_rows, tokens_a_pass, world)
             if self.reference is not None:
                 with self.clock.part("reference"):
                     logprob = self.reference.logprob(rollout, update.micro_batch_rows, tokens_a_pass, world)
@@ -160,15 +164,18 @@ class Collector:
         sampling = replace(sampling_of(self.config, first=share.start), temper=self.temper)
         engine = for_task(self.meter, self.problems.task, self.problems.train)
         sample = sampler.sample if sampler else type(engine).sample
-        rollout: Rollout = sample(
-            engine,
-            [self.problems.prompts[i] for i in own],
-            settings.group_size,
-            sampling,
-            generator,
-            problem_ids=own,
-            version=step,
-        )
+        continues = sampler is not None or engine.turns is not None
+        remembering = getattr(self.engine, "remembering", None) if continues and settings.prefix_memory else None
+        with remembering(settings.prefix_memory << 20) if remembering else nullcontext():
+            rollout: Rollout = sample(
+                engine,
+                [self.problems.prompts[i] for i in own],
+                settings.group_size,
+                sampling,
+                generator,
+                problem_ids=own,
+                version=step,
+            )
         return rollout.to(self.device)
 
 

@@ -37,8 +37,21 @@ class LoraSection(Section):
     """The adapter's product is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get an adapter, such as q_proj; empty takes all but the head."""
+    kappa: dict[str, Any] = {}
+    """Settings of methods.kappatune, such as {preset: peft}: an adapter only on the linear layers that it chooses."""
     dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """Only 0: with dropout the importance ratio would not start at 1."""
+
+    @model_validator(mode="after")
+    def _kappa_fits(self) -> LoraSection:
+        if not self.kappa:
+            return self
+        build("kappatune", self.kappa)
+        if not self.rank:
+            raise ValueError("kappa chooses layers for adapters, but rank is 0; set model.lora.rank")
+        if self.targets:
+            raise ValueError(f"kappa chooses the layers, and targets names {self.targets[0]}; set one of them")
+        return self
 
 
 class ModelSection(Section):
@@ -152,6 +165,10 @@ class RolloutSection(Section):
     streams: Literal["auto", "step", "prompt"] = "auto"
     """Random numbers per step or per prompt. Only those per prompt do not depend on how prompts are divided over
     processes; auto takes them where there are several."""
+    prefix_memory: Annotated[int, Field(ge=0)] = 256
+    """MiB of keys and values that the transformers engine keeps within one sampling of a tree or of episodes, so that
+    no context is read twice; 0 reads every prefix again. Changes log-probs by rounding only. vLLM has a cache of its
+    own."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Program that samples. vllm needs update.recompute_old_logprob."""
     vllm: VllmSection = VllmSection()
@@ -326,6 +343,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"method '{slug}' needs figures of the policy that sampling does not record: set "
                     "update.recompute_old_logprob=true"
+                )
+            if method.has("trainable") and self.model.lora.rank:
+                raise ValueError(
+                    f"method '{slug}' chooses which weights train, and with model.lora only adapters do; set "
+                    "model.lora.rank=0, or choose the layers that get an adapter by model.lora.kappa"
                 )
             if method.has("temper") and self.rollout.engine == "vllm" and self.rollout.vllm.server is not None:
                 raise ValueError(f"method '{slug}': {NO_TEMPER}")

@@ -27,8 +27,10 @@ import torch
 
 from .. import __version__
 from ..core.rollout import Rollout
+from ..errors import UserError
 from ..evaluate.evaluation import Evaluation, evaluate
 from ..methods import Pipeline, build, compose
+from ..policy.access import parts
 from ..policy.load import pick_device
 from ..policy.shard import whole_weights
 from ..rollout.engine import Sampling
@@ -96,7 +98,7 @@ class Trainer:
         self.config = config = setup.resolve(config, saved, world)
         start = setup.starting_point(out, world, self.console) if resume else None
         self.pipeline = compose([build(slug, settings) for slug, settings in config.methods.items()])
-        models = setup.load_models(config, world, start, self.pipeline.needs("ref_logprob"))
+        models = setup.load_models(config, world, start, self.pipeline)
         self.policy, self.sampler = models.policy, models.sampler
         self._bind(self.pipeline)
         self.device = pick_device(config.model.device)
@@ -119,14 +121,23 @@ class Trainer:
         )  # fmt: skip
 
     def use(self, pipeline: Pipeline) -> None:
-        """Train with another composition than the settings name: methods of your own, before `run`."""
+        """Train with another composition than the settings name: methods of your own, before `run`.
+
+        Raises UserError for one that chooses which parameters train: the optimizer is made already.
+        """
+        if (owner := pipeline.owner("trainable")) is not None:
+            raise UserError(f"method '{owner.slug}' chooses what trains, for which it is too late; name it in methods")
         self._bind(pipeline)
         self.pipeline = self.updater.pipeline = self.collector.pipeline = pipeline
 
     def _bind(self, pipeline: Pipeline) -> None:
         """Let the methods find their texts in this vocabulary, and refuse what this run cannot fulfil."""
         pipeline.bind(self.policy.encode)
-        pipeline.check_run(self.policy.model.config.vocab_size, self.config.steps)
+        model = self.policy.model
+        pipeline.check_run(model.config.vocab_size, self.config.steps)
+        if pipeline.owner("lens") is not None:
+            parts(model)
+            pipeline.lens(0, model)
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -283,13 +294,17 @@ class Trainer:
             with self.clock.part("ledger"):
                 generator = torch_generator(self.config.seed, "ledger rows", step, torch.device("cpu"))
                 self.bookkeeper.begin(rollout, generator)
-            self.updater.booking = self.bookkeeper.booking
+            # a prediction for a layer's policy would stand beside what happened to the model's own
+            through_lens = self.pipeline.lens(step, self.policy.model) is not None
+            self.updater.booking = None if through_lens else self.bookkeeper.booking
 
     def _end_ledger(self, step: int, factor: float) -> dict[str, float]:
         if self.bookkeeper is None:
             return {}
         with self.clock.part("ledger"):
-            return self.world.broadcast_object(self.bookkeeper.end(step, factor))  # type: ignore[no-any-return]
+            booked = self.updater.booking is not None
+            found = self.bookkeeper.end(step, factor) if booked else self.bookkeeper.measure()
+            return self.world.broadcast_object(found)  # type: ignore[no-any-return]
 
     def _times(self, total: float, tokens: float) -> dict[str, float]:
         parts = self.clock.reset()

@@ -37,6 +37,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "sequence_mean_token_entropy": float(sequence_mean_token_entropy(entropy, mask)),
         "top20_token_entropy": float(top_mean),
         "certain_tokens": float(masked_mean((entropy < CERTAIN).float(), mask)),
+        **_layer_entropy(rollout),
         "answer_entropy": sum(map(answer_entropy, answers)) / len(groups),
         "distinct_correct": sum(distinct) / len(groups),
         "behaviour_logprob": float(masked_mean(rollout.behaviour_logprob, mask)),
@@ -47,6 +48,12 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "tokens": float(mask.sum()),
         **turn_metrics(rollout),
     }
+
+
+def _layer_entropy(rollout: Rollout) -> dict[str, float]:
+    """`layer_entropy`: mean token entropy, in nats, of the layer's policy that this step trains, if it does."""
+    found = rollout.statistics.get("layer_entropy")
+    return {} if found is None else {"layer_entropy": float(pooled_token_entropy(found, rollout.mask))}
 
 
 def turn_metrics(rollout: Rollout) -> dict[str, float]:

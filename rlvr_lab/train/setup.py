@@ -13,13 +13,16 @@ from torch import Tensor
 
 from ..core.rollout import Rollout
 from ..errors import UserError
+from ..methods import Pipeline, build
+from ..methods.kappatune import KappaTune, adapter_targets
 from ..policy.forward import packing_error, scored
+from ..policy.freeze import train_only
 from ..policy.load import DTYPES, Policy, load_policy, pick_device
 from ..policy.lora import add_adapters, without_adapters
 from ..policy.shard import checkpoint_activations, shard
 from ..rollout.engine import Sampling, TransformersEngine
 from . import checkpoint
-from .config import OptimizerSection, TrainConfig, parse_config
+from .config import LoraSection, OptimizerSection, TrainConfig, parse_config
 from .console import Console
 from .parallel import World
 from .seeds import derive_seed
@@ -142,15 +145,18 @@ class Models:
         return self.sampler is not self.policy
 
 
-def load_models(config: TrainConfig, world: World, start: Path | None, needs_reference: bool) -> Models:
-    """Load from the checkpoint `start` or from `model.path`, add adapters, divide over processes."""
-    section = config.model
+def load_models(config: TrainConfig, world: World, start: Path | None, pipeline: Pipeline) -> Models:
+    """Load from the checkpoint `start` or from `model.path`, add adapters, freeze what does not train, divide over
+    processes."""
+    section, needs_reference = config.model, pipeline.needs("ref_logprob")
     # a checkpoint's weights have the adapters merged in; the run goes on from base and adapters apart
     where = str(start) if start and not section.lora.rank else section.path
     policy = _load(config, where)
     if section.lora.rank:
         seed = derive_seed(config.seed, "adapters", 0)
-        policy.model = add_adapters(policy.model, section.lora.rank, section.lora.alpha, section.lora.targets, seed)
+        targets = _adapter_targets(policy.model, section.lora)
+        policy.model = add_adapters(policy.model, section.lora.rank, section.lora.alpha, targets, seed)
+    _freeze(policy.model, pipeline, start)
     if config.parallel.activation_checkpointing:
         checkpoint_activations(policy.model)
     if config.update.packing:
@@ -166,6 +172,25 @@ def load_models(config: TrainConfig, world: World, start: Path | None, needs_ref
         frozen = _load(config, section.path).model.requires_grad_(False)
         reference = Reference(_divide(frozen, config, world), adapters=False)
     return Models(policy, sampler, reference)
+
+
+def _adapter_targets(model: Any, section: LoraSection) -> tuple[str, ...]:
+    """`model.lora.targets`, or the full names of what `model.lora.kappa` chooses in the starting policy."""
+    if not section.kappa:
+        return section.targets
+    method = build("kappatune", section.kappa)
+    assert isinstance(method, KappaTune)
+    return tuple(adapter_targets(model, method.config))
+
+
+def _freeze(model: Any, pipeline: Pipeline, start: Path | None) -> None:
+    """Freeze what the owner of `trainable` leaves out; a run that goes on leaves out what it did from the start."""
+    owner = pipeline.owner("trainable")
+    if owner is None:
+        return
+    if start is not None and (state := checkpoint.read_parts(start).get(owner.slug)) is not None:
+        owner.load_state_dict(state)
+    train_only(model, owner.trainable(dict(model.named_parameters())))
 
 
 def _load(config: TrainConfig, where: str) -> Policy:

@@ -63,6 +63,8 @@ def read_state(
     tensors = _model_state(model)
     optimizer.zero_grad(set_to_none=True)
     if plain or any(name.startswith(OPTIMIZER) for name in stored):
+        _optimizer_state(model, optimizer)  # torch makes the state of all parameters
+        _forget_unstored(model, optimizer, {*stored, *(OPTIMIZER + name for name in plain)})
         tensors |= _optimizer_state(model, optimizer)[0]
     else:
         optimizer.state.clear()  # written before the first update
@@ -84,6 +86,15 @@ def read_state(
     for name, value in plain.items():  # torch only takes entries that a new optimizer has, too
         owner, _, key = name.removeprefix(STATE).rpartition(".")
         optimizer.state[parameters[owner]][key] = value
+
+
+def _forget_unstored(model: Any, optimizer: torch.optim.Optimizer, stored: set[str]) -> None:
+    """Drop the optimizer's state of parameters that were never updated, such as layers above one that is trained alone:
+    their counts start with their first update, in a resumed run as in any other."""
+    known = {name.rpartition(".")[0] for name in stored}
+    for name, parameter in model.named_parameters():
+        if OPTIMIZER + STATE + _clean(name) not in known:
+            optimizer.state.pop(parameter, None)
 
 
 def weights_of(model: Any, trained_only: bool = False) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ..core.dynamics import token_covariance
+from ..core.lens import Lens
 from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
 from ..core.rows import with_replayed
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
-from ..policy.forward import TokenView, passes, scored, scored_statistics, token_view
+from ..policy.forward import LAYER_LOGPROB, TokenView, passes, scored, scored_statistics, token_view, untouched
 from ..policy.shard import in_one_piece, is_sharded
 from .bookkeeper import Booking
 from .clock import Clock
@@ -167,6 +168,8 @@ class Updater:
         self.guard, self.world = guard or Guard(), world or World.single()
         self.sharded = is_sharded(model)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.lens: Lens | None = None
+        """Whose policy the present step trains; None for the model's own."""
 
     def run(self, rollout: Rollout, generator: torch.Generator, clock: Clock, step: int = 0) -> dict[str, float]:
         """All optimizer steps on one rollout; returns their metrics. `generator` (CPU) deals the minibatches and the
@@ -177,6 +180,7 @@ class Updater:
         """
         rollout, advantage = self.pipeline.credit(rollout)
         covariance = _covariance(rollout, advantage)
+        rollout = self.look_through(self.pipeline.lens(step, self.model), rollout)
         added = self.pipeline.replay(rollout, advantage)
         if added is not None and len(added[0]):
             rollout, advantage = with_replayed(rollout, advantage, *added)
@@ -193,6 +197,19 @@ class Updater:
             self.booking.methods = self.world.sum_floats(self.booking.methods)
         replayed = 0 if rollout.replayed is None else int(rollout.replayed.sum())
         return totals.over(self.world).metrics() | {"covariance": covariance, "replayed_rows": float(replayed)}
+
+    def look_through(self, lens: Lens | None, rollout: Rollout) -> Rollout:
+        """Train the policy of `lens` from here on: the old log-probs become its own, and weights that it does not use
+        lose their gradient. None, not zero: neither weight decay nor momentum may move them."""
+        idle = untouched(self.model, lens) if lens is not None else []
+        for p in idle:
+            p.grad = None
+        known = {id(p) for p in idle}
+        self.lens = lens
+        self.trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+        if lens is None:
+            return rollout
+        return rollout.with_(old_logprob=rollout.require(LAYER_LOGPROB, by="the hook 'lens'"))
 
     def _deal(self, rollout: Rollout, generator: torch.Generator) -> list[Tensor]:
         """Rows of every minibatch: new and replayed responses are dealt apart, so that each has its share of both."""
@@ -279,7 +296,7 @@ class Updater:
         for name, p in self.model.named_parameters():
             if not bool(torch.isfinite(in_one_piece(p)).all()):
                 return f"; parameter '{name}' is not finite"
-        logprob, _ = scored(self.model, batch, self.micro_batch_rows)
+        logprob, _ = scored(self.model, batch, self.micro_batch_rows, lens=self.lens)
         bad = (~torch.isfinite(logprob)).any(1).nonzero().squeeze(1)
         if len(bad):
             row = int(bad[0])
@@ -313,7 +330,7 @@ class Updater:
         """A pass of weight zero, for a process that has one micro-batch less: divided weights are brought together by
         all processes or by none."""
         row = batch.rows(batch.mask.any(1).nonzero()[0])
-        nothing = token_view(self.model, row, False).logprob.masked_fill(~row.mask, 0.0).sum() * 0.0
+        nothing = token_view(self.model, row, False, lens=self.lens).logprob.masked_fill(~row.mask, 0.0).sum() * 0.0
         nothing.backward()  # type: ignore[no-untyped-call]
 
     def prepare(self, batch: Rollout, advantage: Tensor, generator: torch.Generator) -> Minibatch:
@@ -337,7 +354,7 @@ class Updater:
         names = [*CURRENT, *(MOMENTS if moments else ())]
         fields = [name.removeprefix("current_") for name in names]
         cut = self.micro_batch_rows, self.micro_batch_tokens
-        found = scored_statistics(self.model, batch, fields, *cut, self.world, read)
+        found = scored_statistics(self.model, batch, fields, *cut, self.world, read, self.lens)
         return {f"current_{name}" if name in fields else name: value for name, value in found.items()}
 
     def _micro_batches(self, batch: Rollout, live: Tensor) -> Sequence[Tensor]:
@@ -352,7 +369,7 @@ class Updater:
         live = None if self.pipeline.keeps_every_row else whole.live_tokens()[rows][:, :width]
         entropy, moments = self.pipeline.any("needs_entropy"), self.booking is not None
         packed, read = self.micro_batch_tokens is not None, self.pipeline.reader()
-        view = token_view(self.model, micro, entropy, moments, live, packed, read)
+        view = token_view(self.model, micro, entropy, moments, live, packed, read, lens=self.lens)
         loss = self.loss_of(whole, rows, micro, view, totals)
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())

@@ -28,6 +28,15 @@ RECORDED = {
     "cascade.json": "methods.empg",
     "environments.json": "tasks.agents.triples",
     "spear.json": "methods.spear",
+    "entropy_guided_attention.json": "methods.entropy_guided_attention",
+    "feedback_friction.json": "evaluate.feedback_friction",
+    "diffadapt.json": "inference.difficulty",
+    "bupo.json": "methods.bupo",
+    "representation_geometry.json": "evaluate.representation_geometry",
+    "explicit_cot.json": "evaluate.explicit_cot",
+    "v_reason.json": "inference.v_reason",
+    "kappatune.json": "methods.kappatune",
+    "reasoning_utility.json": "evaluate.reasoning_utility",
 }
 """Files whose recorders write digests, with a module that must be among them."""
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,15 +174,17 @@ class Browser:
                 visit.console.append(entry["message"][:300])
         return visit
 
-    def axe(self) -> list[str]:
-        """WCAG 2.1 A and AA violations on the open page, one line for each element."""
-        self.js(AXE.read_text(encoding="utf-8"))
+    def axe(self, rules: Sequence[str] = ()) -> list[str]:
+        """WCAG 2.1 A and AA violations on the open page, one line for each element; of all rules or those named."""
+        self.js(f"if (!window.axe) {{ {AXE.read_text(encoding='utf-8')} }}")
         result = self.driver.execute_async_script(
             """
             const done = arguments[arguments.length - 1];
-            axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'], resultTypes: ['violations']})
+            const which = arguments[0].length ? arguments[0] : ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa'];
+            axe.run(document, {runOnly: which, resultTypes: ['violations']})
                .then((r) => done(r.violations), (e) => done([{id: 'axe failed', nodes: [{target: [String(e)]}]}]));
-            """
+            """,
+            list(rules),
         )
         return [
             f"{rule['id']}: {' '.join(map(str, node['target']))} {node.get('failureSummary', '')[:160]}"

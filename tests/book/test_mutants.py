@@ -31,7 +31,7 @@ def nbval(chapter: Path, *, pythonpath: Path | None = None) -> subprocess.Comple
         environment["PYTHONPATH"] = str(pythonpath)
     sanitize = ROOT / "tests" / "book" / "nbval_sanitize.cfg"
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-sanitize-with", str(sanitize), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, str(chapter)]
+    command = [sys.executable, "-m", "pytest", "-x", *options, str(chapter)]  # one cell that differs is enough
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 

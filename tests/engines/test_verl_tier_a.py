@@ -219,7 +219,7 @@ def test_every_trainable_method_is_registered_or_listed_with_a_reason() -> None:
     assert {"clip_cov", "kl_cov"} <= set(refused)
     assert all(len(reason) > 20 for reason in refused.values())
     left_to_our_loop = {"arbitrary_entropy", "copo", "empo", "hapo", "lp_reg", "siren", "tp_grpo", "ucas"}
-    left_to_our_loop |= {"agentic_aepo", "ares", "cure", "ettrl", "spear"}
+    left_to_our_loop |= {"agentic_aepo", "ares", "bupo", "cure", "ettrl", "kappatune", "spear"}
     assert set(unsupported("b")) == left_to_our_loop
     assert not obstacles([build("hapo", {"preset": "tiny"})], "b")  # with its tempered sampler off
     assert not obstacles([build("ares", {"preset": "paper"})], "b")  # the released one reads its trigger words

@@ -51,7 +51,7 @@ def test_the_others_are_refused_by_the_name_of_the_method(recipe: str, tmp_path:
     with pytest.raises(UserError, match=f"TRL cannot carry '{slug}'"):
         export(load_config(recipe), tmp_path / "out")
     assert slug in {"arbitrary_entropy", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"} | {
-        "agentic_aepo", "cure", "ettrl", "spear",
+        "agentic_aepo", "bupo", "cure", "ettrl", "kappatune", "spear",
     }  # fmt: skip
 
 

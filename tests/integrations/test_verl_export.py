@@ -30,7 +30,7 @@ MATH = [name for name in packaged_recipes() if load_config(name).data.task == "m
 REFUSED = [name for name in MATH if obstacles(pipeline_of(load_config(name).methods).methods, "b")]
 
 OURS_ALONE = {"arbitrary_entropy", "copo", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"} | {
-    "agentic_aepo", "cure", "ettrl", "spear",
+    "agentic_aepo", "bupo", "cure", "ettrl", "kappatune", "spear",
 }  # fmt: skip
 
 

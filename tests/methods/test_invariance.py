@@ -38,6 +38,7 @@ WIDER: dict[str, dict[str, Any]] = {
     "riskpo": {"bundle_size": 2},
     "spear": {"length": 20},
     "one_shot": {"entropy_coefficient": 0.1},
+    "bupo": {"layer": 2},
     "ares": {"trigger_words": ["=", "yes"]},
 }
 

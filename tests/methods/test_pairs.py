@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kl_cov": {"ratio": 0.2},
     "lp_reg": {"share": 0.3},
     "siren": {"anchor": "none", "coefficient": 0.5},  # a first step has no distance from its anchor
+    "bupo": {"layer": "last"},  # the model has one layer
     "overlong": {"max_length": 8, "buffer": 6},
     "riskpo": {"bundle_size": 2},
     "spear": {"length": 8},
@@ -43,9 +44,18 @@ def contested(one: Method, other: Method) -> bool:
         return one.is_base and other.is_base
     if any(one.has(hook) and other.has(hook) for hook in EXCLUSIVE):
         return True
+    if any(a.has("lens") and of_another_policy(b) for a, b in ((one, other), (other, one))):
+        return True
     # a loss is written for its reduction, so the owner of the surrogate has the first say in it
     reduction = one.has("reduction") and other.has("reduction") and one.has("surrogate") == other.has("surrogate")
     return reduction or (one.replaces_reward and other.replaces_reward)
+
+
+def of_another_policy(method: Method) -> bool:
+    """Whether a method's loss needs log-probs of the model's own policy, which a lens replaces by a layer's."""
+    in_loss = method.has("regularise") or method.has("surrogate")
+    compares = in_loss and "ref_logprob" in method.requires
+    return compares or method.has("replay") or method.importance_cap is not None
 
 
 @pytest.fixture(scope="module")

@@ -239,3 +239,15 @@ def test_the_table_of_gpus() -> None:
     assert DEVICES["T4"].memory == 15360 * MIB
     assert "bfloat16" not in DEVICES["T4"].peak
     assert DEVICES["T4"].throughput("bfloat16") == DEVICES["T4"].peak["float32"]
+
+
+def test_prefixes_are_kept_where_responses_grow_from_them() -> None:
+    assert all(p.name != "remembered prefixes" for p in memory(job()).parts)
+    tree = ("methods.cure={}", "rollout.engine=transformers")
+    assert part(job(*tree), "remembered prefixes").bytes == {"rollout": 256 << 20}
+    assert part(job(*tree, "rollout.prefix_memory=8"), "remembered prefixes").largest == 8 << 20
+    for other in (
+        (*tree, "rollout.prefix_memory=0"),
+        ("methods.cure={}", "rollout.engine=vllm", "update.recompute_old_logprob=true"),
+    ):
+        assert all(p.name != "remembered prefixes" for p in memory(job(*other)).parts)

@@ -61,7 +61,10 @@ def test_episodes_are_read_again_at_every_turn() -> None:
     found = replace(job("rollout.engine=transformers"), turns=6)
     again = 2 * found.own_responses * 200 * flops_per_token(found, 100) / 19.5e12
     assert seconds(speed(found, EXACT), "read episodes again") == pytest.approx(again)
-    for other in (replace(found, turns=1), replace(found, engine="vllm")):
+    whole = found.own_responses * found.longest * found.shape.kv_bytes(found.computed)
+    half = speed(replace(found, prefix_memory=whole // 2), EXACT)
+    assert seconds(half, "read episodes again") == pytest.approx(again / 2, rel=1e-3)
+    for other in (replace(found, turns=1), replace(found, engine="vllm"), replace(found, prefix_memory=2 * whole)):
         assert "read episodes again" not in {part.name for part in speed(other, EXACT).parts}
 
 

@@ -72,6 +72,14 @@ SCENARIOS = {
         "update.micro_batch_rows=4",
     ],
     "adapters": ["parallel.shard=fsdp2", "model.lora.rank=4", "methods.kl_reference={}", "optimizer.lr=1e-3"],
+    # two steps through the lens of layer 1, then three of the whole model
+    "layer": [
+        "parallel.shard=fsdp2",
+        "parallel.activation_checkpointing=true",
+        "methods.bupo={preset: tiny, s_inter: 2}",
+        "update.recompute_old_logprob=true",
+        "update.micro_batch_rows=4",
+    ],
     "half": ["parallel.shard=fsdp2", "model.precision=bfloat16", "steps=2"],
 }
 # what the one process does differently

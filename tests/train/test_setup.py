@@ -72,7 +72,7 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path: Path) -> None:
 def test_a_model_that_mixes_packed_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "packing_error", lambda model, rollout: 0.3)
     with pytest.raises(UserError, match=r"update\.packing: the attention of LlamaForCausalLM .* \(.* 0\.3 nats\)"):
-        setup.load_models(config("update.packing=true"), World.single(), None, False)
+        setup.load_models(config("update.packing=true"), World.single(), None, compose([]))
 
 
 def test_a_tokenizer_without_a_pad_token_is_padded_with_its_end_token(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ import traitlets
 
 __all__ = [
     "ArmSwap",
+    "AttentionDeadZone",
     "BoundSearch",
     "ClipForce",
     "EntropyCorridor",
     "EntropySignal",
+    "KappaByChance",
     "MemoryCalculator",
     "NucleusHead",
     "PassAtK",
@@ -31,6 +33,8 @@ __all__ = [
     "RunReader",
     "ShardingExplorer",
     "SignedPush",
+    "SpectrumRank",
+    "StoppingDial",
     "SurrogateForce",
     "TemperatureExplorer",
     "TemperedImitation",
@@ -588,3 +592,99 @@ class WindowEvents(_Widget):
             responses=[[float(h) for h in row] for row in responses], buckets=list(buckets), width=width, level=level,
             **kwargs,
         )  # fmt: skip
+
+
+class AttentionDeadZone(_Widget):
+    """Attention rows around a target entropy: which are left alone, and who owes a penalty that it cannot pay?"""
+
+    _esm = javascript("attention_dead_zone")
+    _shown = ("theta", "gamma")
+    models = traitlets.List(traitlets.Dict()).tag(sync=True)
+    context = traitlets.Int().tag(sync=True)
+    theta = traitlets.Float(0.5).tag(sync=True)
+    gamma = traitlets.Float(0.2).tag(sync=True)
+
+    def __init__(
+        self,
+        models: Mapping[str, Sequence[Sequence[float]]],
+        context: int,
+        *,
+        theta: float = 0.5,
+        gamma: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
+        """``models``: by name, row entropies in nats of every head, rows in the order of their position."""
+        heads = [rows for each in models.values() for rows in each]
+        if not heads or not all(1 <= len(rows) <= context for rows in heads):
+            raise ValueError(f"every head needs between 1 and {context} rows, and there must be one head")
+        if not (0 <= theta <= 1 and 0 <= gamma <= 0.5):
+            raise ValueError("theta must lie in [0, 1] and gamma in [0, 0.5]")
+        named = [{"name": name, "heads": [[float(h) for h in rows] for rows in each]} for name, each in models.items()]
+        super().__init__(models=named, context=context, theta=float(theta), gamma=float(gamma), **kwargs)
+
+
+class KappaByChance(_Widget):
+    """Two matrices of different shapes compete for one place: which has the lower kappa, as it is and for its shape?"""
+
+    _esm = javascript("kappa_by_chance")
+    _shown = ("shape", "long", "square")
+    shapes = traitlets.List(traitlets.Dict()).tag(sync=True)
+    shape = traitlets.Int(1).tag(sync=True)
+    long = traitlets.Float(6.0).tag(sync=True)
+    square = traitlets.Float(100.0).tag(sync=True)
+
+    def __init__(
+        self, chance: Mapping[str, float], *, shape: int = 1, long: float = 6.0, square: float = 100.0, **kwargs: Any
+    ) -> None:
+        """``chance``: the usual kappa of a random matrix by the name of its shape, the square one first."""
+        if len(chance) < 2 or not all(value >= 1 for value in chance.values()):
+            raise ValueError("at least two shapes are needed, and no kappa is below 1")
+        if not (1 <= shape < len(chance) and 1 <= long <= 1e4 and 1 <= square <= 1e4):
+            raise ValueError("shape must number one of the long matrices, and both kappas lie in [1, 10000]")
+        shapes = [{"name": name, "chance": float(value)} for name, value in chance.items()]
+        super().__init__(shapes=shapes, shape=shape, long=float(long), square=float(square), **kwargs)
+
+
+class SpectrumRank(_Widget):
+    """A power-law spectrum: how many directions by eigenvalues, by singular values, and with the mean left in?"""
+
+    _esm = javascript("spectrum_rank")
+    _shown = ("width", "decay", "massive", "offset")
+    width = traitlets.Int(64).tag(sync=True)
+    decay = traitlets.Float(1.0).tag(sync=True)
+    massive = traitlets.Float(1.0).tag(sync=True)
+    offset = traitlets.Float(0.0).tag(sync=True)
+
+    def __init__(
+        self, width: int = 64, *, decay: float = 1.0, massive: float = 1.0, offset: float = 0.0, **kwargs: Any
+    ) -> None:
+        """Eigenvalue i is i^-``decay``, the first ``massive`` times that; ``offset``: squared mean / variance."""
+        if width < 12 or not 0 <= decay < 4 or massive < 1 or offset < 0:
+            raise ValueError("width must be at least 12, decay lie in [0, 4), massive be at least 1, offset at least 0")
+        super().__init__(width=width, decay=float(decay), massive=float(massive), offset=float(offset), **kwargs)
+
+
+class StoppingDial(_Widget):
+    """Recorded chains stopped below an entropy: what is saved, and does the signal beat chance and an equal budget?"""
+
+    _esm = javascript("stopping_dial")
+    _shown = ("power", "least")
+    chains = traitlets.List(traitlets.Dict()).tag(sync=True)
+    power = traitlets.Float(-2.0).tag(sync=True)
+    least = traitlets.Int(1).tag(sync=True)
+
+    def __init__(
+        self, chains: Sequence[Mapping[str, Any]], *, power: float = -2.0, least: int = 1, **kwargs: Any
+    ) -> None:
+        """``chains``: of each the ``entropy`` after steps 1..K, and ``tokens``, ``thought`` and ``correct`` of the
+        response if it is stopped there, last those of the response that is not; ``power``: threshold as one of ten."""
+        told = [
+            {name: [float(v) for v in chain[name]] for name in ("entropy", "tokens", "thought", "correct")}
+            for chain in chains
+        ]
+        sizes = [[len(c[name]) - 1 for name in ("tokens", "thought", "correct")] for c in told]
+        if not told or any({len(c["entropy"])} != set(size) for c, size in zip(told, sizes, strict=True)):
+            raise ValueError("tokens, thought and correct need one entry more than entropy, and there must be a chain")
+        if not -4 <= power <= 0.5 or not 1 <= least <= 6:
+            raise ValueError("power must lie in [-4, 0.5] and least in 1 to 6")
+        super().__init__(chains=told, power=float(power), least=least, **kwargs)
