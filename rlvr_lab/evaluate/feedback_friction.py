@@ -128,7 +128,7 @@ class Rounds:
         return self.accuracy[-1] - self.accuracy[0]
 
     def friction(self, target: float = 1.0) -> float | None:
-        """Share of the possible gain that was not realised; None where the target does not exceed the first accuracy."""
+        """Share of the possible gain that was not realised; None where the target is not above the first accuracy."""
         first, last = self.accuracy[0], self.accuracy[-1]
         return (target - last) / (target - first) if target > first else None
 

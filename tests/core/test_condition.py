@@ -59,7 +59,7 @@ def test_low_precision_weights_are_measured_as_they_are(dtype: torch.dtype) -> N
 def test_singular_matrices_are_infinite_and_not_a_huge_number() -> None:
     low_rank = gaussian(12, 3) @ gaussian(3, 8)
     assert condition_number(low_rank) == condition_number(low_rank.float()) == math.inf
-    assert 1e12 < condition_number(low_rank, eps=0.0)
+    assert condition_number(low_rank, eps=0.0) > 1e12
     zero = torch.zeros(4, 3)
     assert condition_number(zero) == math.inf
     assert condition_number(zero, added=1e-8) == 0.0
