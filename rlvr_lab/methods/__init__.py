@@ -174,7 +174,7 @@ _ENTRIES = (
     _inside("bupo", "Bottom-up policy optimisation (BuPO)", "2512.19673", "lens, surrogate, reduction",
             "methods.bupo", "BuPO", True, "bupo/math"),
     _inside("kappatune", "Training the tensors of lowest condition number (KappaTune)", "2506.16289", "parameters",
-            "methods.kappatune", "KappaTune", recipe="kappatune/math"),
+            "methods.kappatune", "KappaTune", True, "kappatune/math"),
     _inside("representation_geometry", "Representation geometry: RankMe, alpha-ReQ and phases", "2509.23024",
             "analysis", "evaluate.representation_geometry", chapter=True),
     _inside("feedback_friction", "Feedback friction over rounds of feedback", "2506.11930", "analysis",

@@ -167,6 +167,7 @@ def test_the_controller_is_new_for_every_prompt_and_nothing_stays_behind(policy:
     assert not policy.model.model.layers[-1]._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_the_matched_temperature_has_the_entropy_of_the_method(policy: Policy, texts: list[str]) -> None:
     own = method(policy, rule="exploit", **STRONG)
     target = pooled_entropy([t.drawn_entropy for t in own.traces(texts, generator())])
