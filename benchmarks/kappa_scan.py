@@ -12,6 +12,7 @@ go to `benchmarks/results/kappa_scan.json`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -94,7 +95,8 @@ def accuracy(rows: int = 896, columns: int = 512) -> list[dict[str, Any]]:
             "gram_float64": float(squares[-1] / squares[0]),
             "condition_number": condition_number(weight, eps=0.0),
         }
-        table.append({"kappa": kappa} | {name: float(f"{abs(k / kappa - 1):.1e}") for name, k in ways.items()})
+        errors = {name: abs(k / kappa - 1) for name, k in ways.items()}
+        table.append({"kappa": kappa} | {n: float(f"{e:.1e}") if math.isfinite(e) else None for n, e in errors.items()})
     return table
 
 

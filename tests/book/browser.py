@@ -128,7 +128,7 @@ class Browser:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         self.driver = webdriver.Chrome(service=Service(CHROMEDRIVER), options=options)
-        self.driver.set_script_timeout(60)
+        self.driver.set_script_timeout(240)  # axe on a long page of a busy machine
 
     def close(self) -> None:
         """End the session and remove its profile."""
