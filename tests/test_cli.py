@@ -24,8 +24,8 @@ HEAVY = ("torch", "transformers", "pydantic", "numpy", "yaml", "safetensors", "m
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-def lab(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "160"}).invoke(app, [str(a) for a in arguments])
+def lab(*arguments: object, width: int = 160) -> Result:
+    return CliRunner(env={"COLUMNS": str(width)}).invoke(app, [str(a) for a in arguments])
 
 
 def test_importing_the_command_line_loads_nothing_heavy() -> None:
@@ -237,14 +237,18 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_methods_as_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_as_table_and_as_json() -> None:
     rows = json.loads(lab("methods", "--json").output)
     assert [row["slug"] for row in rows] == list(REGISTRY)
     assert rows[0]["hooks"] == "advantage*, clip*, surrogate*"
     assert {"paper", "released", "tiny"} <= set(rows[0]["presets"].split(", "))
-    monkeypatch.setenv("COLUMNS", "300")
-    table = lab("methods").output
+    table = lab("methods", width=300).output
     assert all(slug in table for slug in REGISTRY)
+    assert "not shown" not in table
+    narrow = lab("methods", width=80).output
+    assert all(slug in narrow for slug in REGISTRY)
+    assert "2510.10150" in narrow  # whole, not folded into two characters a line
+    assert "not shown in this width: title, hooks, presets, chapter, recipe, step time" in narrow
 
 
 def test_one_method_with_its_settings() -> None:

@@ -9,6 +9,9 @@ import typer
 from ..errors import UserError
 from ._common import table, user_errors
 
+IMPORTANCE = ("slug", "stage", "arXiv", "status", "title", "recipe", "hooks", "chapter", "presets", "step time")
+LEAST = 12
+
 
 def methods(
     slug: Annotated[str | None, typer.Argument(help="Show one method with its settings.", show_default=False)] = None,
@@ -43,7 +46,28 @@ def methods(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        table("methods", list(rows[0]), [list(row.values()) for row in rows])
+        shown = _columns(rows, _width())
+        table("methods", shown, [[row[name] for name in shown] for row in rows])
+        if left := [name for name in rows[0] if name not in shown]:
+            typer.echo(f"not shown in this width: {', '.join(left)}; see rlvr-lab methods SLUG, or --json")
+
+
+def _width() -> int:
+    from rich.console import Console
+
+    return Console().width
+
+
+def _columns(rows: list[dict[str, str]], width: int) -> list[str]:
+    """The columns that fit, the more important ones first, each but the slug at least `LEAST` characters wide."""
+    used, kept = 1, []
+    for name in IMPORTANCE:
+        longest = max(len(name), *(len(row[name]) for row in rows))
+        used += 3 + (longest if name == "slug" else min(longest, LEAST))
+        if used > width:
+            break
+        kept.append(name)
+    return [name for name in rows[0] if name in kept]
 
 
 def _method_row(slug: str) -> dict[str, str]:
