@@ -22,6 +22,7 @@ from ..core.losses import Surrogate
 from ..core.reduce import Reduction, masked_mean, reduction_weights
 from ..core.rollout import Rollout
 from ..core.rows import with_replayed
+from ..errors import UserError
 from ..methods.base import CLIP_BOUNDS, CURRENT, MOMENTS, LossInputs, Pipeline
 from ..policy.forward import LAYER_LOGPROB, TokenView, passes, scored, scored_statistics, token_view, untouched
 from ..policy.shard import in_one_piece, is_sharded
@@ -200,7 +201,9 @@ class Updater:
 
     def look_through(self, lens: Lens | None, rollout: Rollout) -> Rollout:
         """Train the policy of `lens` from here on: the old log-probs become its own, and weights that it does not use
-        lose their gradient. None, not zero: neither weight decay nor momentum may move them."""
+        lose their gradient. None, not zero: neither weight decay nor momentum may move them.
+
+        Raises UserError where another method has frozen every weight that the policy of `lens` uses."""
         idle = untouched(self.model, lens) if lens is not None else []
         for p in idle:
             p.grad = None
@@ -209,6 +212,11 @@ class Updater:
         self.trained = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
         if lens is None:
             return rollout
+        if not self.trained:
+            raise UserError(
+                f"the policy of layer {lens.layer} is trained, and all parameters that train lie above it: choose a "
+                "higher layer (methods.bupo.layer), or other parameters (methods.kappatune)"
+            )
         return rollout.with_(old_logprob=rollout.require(LAYER_LOGPROB, by="the hook 'lens'"))
 
     def _deal(self, rollout: Rollout, generator: torch.Generator) -> list[Tensor]:

@@ -17,6 +17,7 @@ from rlvr_lab.core.rollout import Rollout
 from rlvr_lab.errors import UserError
 from rlvr_lab.methods import Pipeline, build, compose
 from rlvr_lab.policy.forward import LAYER_LOGPROB, scored
+from rlvr_lab.policy.freeze import train_only
 from rlvr_lab.policy.load import Policy
 from rlvr_lab.policy.muon import Muon
 from rlvr_lab.train.clock import Clock
@@ -170,3 +171,15 @@ def test_a_layer_or_architecture_that_has_no_lens_is_refused_at_the_start(tmp_pa
     with pytest.raises(UserError, match=r"methods\.bupo\.layer is 7, but the model has 3 layers"):
         Trainer(config(2, "methods.bupo.layer=7"), tmp_path / "deep")
     assert not (tmp_path / "deep").exists()
+
+
+def test_a_layer_below_everything_that_trains_is_refused(fresh_s: Callable[[], Policy]) -> None:
+    policy = fresh_s()
+    pipeline = two_phases(layer=1)
+    rollout = ready_rollout(policy.model, sampled_rollout(policy), pipeline)
+    train_only(policy.model, ["model.layers.2.mlp.up_proj.weight"])
+    updater = Updater(policy.model, adamw(p for p in policy.model.parameters() if p.requires_grad), pipeline)
+    with pytest.raises(
+        UserError, match=r"the policy of layer 1 is trained, and all parameters that train lie above it"
+    ):
+        run(updater, rollout, 0)
