@@ -67,21 +67,11 @@ def _rollout(
 
 
 def _inside(
-    slug: str,
-    title: str,
-    arxiv: str,
-    stage: str,
-    module: str,
-    cls: str | None = None,
-    chapter: bool = False,
-    recipe: str | None = None,
+    slug: str, title: str, arxiv: str, stage: str, module: str, cls: str | None = None, recipe: str | None = None
 ) -> Entry:
     """What looks into the model, or acts at inference; without `cls` it does not train."""
     status = _TESTED if cls else f"tested, {stage}"
-    where = f"7_inside/{slug}" if chapter else None
-    return Entry(
-        slug, title, arxiv, slug, stage, module, cls, where, recipe, status if chapter else f"{status}; chapter to come"
-    )
+    return Entry(slug, title, arxiv, slug, stage, module, cls, f"7_inside/{slug}", recipe, status)
 
 
 def _analysis(slug: str, title: str, arxiv: str, module: str) -> Entry:
@@ -171,26 +161,26 @@ _ENTRIES = (
     _rollout("spear", "Self-imitation with progressive exploration (SPEAR)", "2509.22601",
              "reward, filter, advantage, replay, weight", "Spear", True, "spear/search"),
     _rollout("empg", "Entropy-modulated policy gradients (EMPG)", "2509.09265", "advantage", "EMPG", chapter=True),
-    _inside("bupo", "Bottom-up policy optimisation (BuPO)", "2512.19673", "lens, surrogate, reduction",
-            "methods.bupo", "BuPO", True, "bupo/math"),
-    _inside("kappatune", "Training the tensors of lowest condition number (KappaTune)", "2506.16289", "parameters",
-            "methods.kappatune", "KappaTune", True, "kappatune/math"),
-    _inside("representation_geometry", "Representation geometry: RankMe, alpha-ReQ and phases", "2509.23024",
-            "analysis", "evaluate.representation_geometry", chapter=True),
-    _inside("feedback_friction", "Feedback friction over rounds of feedback", "2506.11930", "analysis",
-            "evaluate.feedback_friction", chapter=True),
     _analysis("policy_cliff", "The policy cliff", "2507.20150", "methods.policy_cliff"),
     _analysis("invisible_leash", "The invisible leash", "2507.14843", "evaluate.support"),
-    _inside("v_reason", "Entropy steered through the value cache (V-Reason, text only)", "2510.17045", "inference",
-            "inference.v_reason", chapter=True),
-    _inside("diffadapt", "Decoding adapted to difficulty by a probe (DiffAdapt)", "2510.19669", "inference",
-            "inference.diffadapt", chapter=True),
-    _inside("explicit_cot", "Explicit CoT training on two-hop facts", "2502.04667", "analysis",
-            "evaluate.explicit_cot", chapter=True),
+    _inside("bupo", "Bottom-up policy optimisation (BuPO)", "2512.19673", "lens, surrogate, reduction",
+            "methods.bupo", "BuPO", "bupo/math"),
+    _inside("representation_geometry", "Representation geometry: RankMe, alpha-ReQ and phases", "2509.23024",
+            "analysis", "evaluate.representation_geometry"),
     _inside("entropy_guided_attention", "Learnable targets for attention entropy", "2501.03489", "analysis",
-            "methods.entropy_guided_attention", chapter=True),
+            "methods.entropy_guided_attention"),
+    _inside("explicit_cot", "Explicit CoT training on two-hop facts", "2502.04667", "analysis",
+            "evaluate.explicit_cot"),
+    _inside("kappatune", "Training the tensors of lowest condition number (KappaTune)", "2506.16289", "parameters",
+            "methods.kappatune", "KappaTune", "kappatune/math"),
     _inside("reasoning_utility", "Reasoning utility by conditional answer entropy, and early stopping", "2508.20395",
-            "analysis, inference", "evaluate.reasoning_utility", chapter=True),
+            "analysis, inference", "evaluate.reasoning_utility"),
+    _inside("diffadapt", "Decoding adapted to difficulty by a probe (DiffAdapt)", "2510.19669", "inference",
+            "inference.diffadapt"),
+    _inside("v_reason", "Entropy steered through the value cache (V-Reason, text only)", "2510.17045", "inference",
+            "inference.v_reason"),
+    _inside("feedback_friction", "Feedback friction over rounds of feedback", "2506.11930", "analysis",
+            "evaluate.feedback_friction"),
 )  # fmt: skip
 REGISTRY: dict[str, Entry] = {entry.slug: entry for entry in _ENTRIES}
 
