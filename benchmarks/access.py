@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -27,6 +28,11 @@ from rlvr_lab.train.loop import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 AIM = 1.1
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """CPU seconds of one call."""
+    return cpu(work)[0]
 
 
 def main(
@@ -59,7 +65,7 @@ def main(
     works = {"imported": bare, "nothing": seen(), "residual": seen("residual"), "everything": seen(*get_args(What))}
     with torch.no_grad():
         found = {
-            name: ratios(lambda work=work: cpu(work)[0], lambda: cpu(bare)[0], repeats)  # type: ignore[misc]
+            name: ratios(partial(seconds, work), partial(seconds, bare), repeats)
             for name, work in (works | {"lens": lens}).items()
         }
     for name, ratio in found.items():

@@ -137,10 +137,10 @@ class Rounds:
 class Asking:
     """How problems are asked again.
 
-    `feedback`: what a solver is told of its attempt. "own" is the environment's answer to it; "shuffled" the answer to
-    another attempt of the same round, which separates reading feedback from trying again; with "none" every attempt
-    begins anew from the question. `ramp`: temperatures by `ramp(round)` in place of the one given; the first round is
-    then greedy. `draws`: answers drawn each round, of which `pick` takes one.
+    `feedback`: what a solver is told of its attempt. "own" is the environment's answer to it; "shuffled" deals the
+    answers of a round out at random, one's own among them, which separates reading feedback from trying again; with
+    "none" every attempt begins anew from the question. `ramp`: temperatures by `ramp(round)` in place of the one given;
+    the first round is then greedy. `draws`: answers drawn each round, of which `pick` takes one.
     """
 
     rounds: int = 10

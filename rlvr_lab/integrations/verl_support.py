@@ -6,6 +6,7 @@ sees everything our loop sees.
 
 | | our loop | tier A | tier B |
 |---|---|---|---|
+| `trainable` | yes | no: verl makes its optimizer first | no |
 | `select`, `sample` | yes | verl's dataset and agent loop | verl's dataset and agent loop |
 | `replay` | yes | no: verl's batch holds new responses only | no |
 | `temper` | yes | no: verl samples at one temperature | no |

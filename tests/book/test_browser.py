@@ -83,7 +83,7 @@ def test_every_figure_is_drawn_and_has_its_table(opened: Open) -> None:
 def test_accessible_in_both_themes(opened: Open) -> None:
     browser = opened.browser
     if opened.page in GENERATED:
-        pytest.skip("by the theme")
+        pytest.skip("made by the theme, without content of ours")
     assert browser.js("return document.documentElement.dataset.theme") == "light"
     browser.js(OPEN_AND_SHORTEN)
     time.sleep(0.2)
