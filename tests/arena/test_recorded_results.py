@@ -11,7 +11,15 @@ from rlvr_lab.arena import CATALOGUE, REFERENCE, Results, changed_since, load_re
 DATA = Path(__file__).parents[2] / "book" / "data"
 CONTESTS = ("arena.json", "arena_signal.json")
 """Token-level control over 80 steps; rewards, advantages and data over 40."""
-ELSEWHERE = {"pear": "pear", "empg": "cascade", "cure": "cure", "ettrl": "ettrl", "spear": "spear", "ares": "ares"}
+ELSEWHERE = {
+    "bupo": "bupo",
+    "pear": "pear",
+    "empg": "cascade",
+    "cure": "cure",
+    "ettrl": "ettrl",
+    "spear": "spear",
+    "ares": "ares",
+}
 """Methods that `benchmarks/` records in files of their own: in episodes, or at equal generated tokens."""
 
 
