@@ -13,7 +13,7 @@ from builders import TINY_RUN
 from typer.testing import CliRunner, Result
 
 from rlvr_lab.cli import app
-from rlvr_lab.methods import REGISTRY
+from rlvr_lab.methods import ELSEWHERE, REGISTRY
 from rlvr_lab.policy import pretrain
 from rlvr_lab.train import loop
 from rlvr_lab.train.checkpoint import DiskError
@@ -249,6 +249,22 @@ def test_methods_as_table_and_as_json() -> None:
     assert all(slug in narrow for slug in REGISTRY)
     assert "2510.10150" in narrow  # whole, not folded into two characters a line
     assert "not shown in this width: title, hooks, presets, chapter, recipe, step time" in narrow
+
+
+def test_all_methods_include_the_works_of_other_fields() -> None:
+    rows = json.loads(lab("methods", "--all", "--json").output)
+    groups = {row["slug"]: row["group"] for row in rows}
+    assert groups == dict.fromkeys(REGISTRY, "RLVR") | dict.fromkeys(ELSEWHERE, "elsewhere")
+    assert len(ELSEWHERE) == 21
+    narrow = lab("methods", "--all", width=80).output
+    assert all(slug in narrow for slug in ELSEWHERE)
+    assert "elsewhere" in narrow
+    one = lab("methods", "granet").output
+    assert "2106.10404" in one
+    assert "group    elsewhere" in one
+    unknown = lab("methods", "granett")
+    assert unknown.exit_code != 0
+    assert "granet" in unknown.output
 
 
 def test_one_method_with_its_settings() -> None:

@@ -36,10 +36,11 @@ FLOORS = (
 )
 HEIGHT = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 FREE = {"errors"}  # usable from everywhere, and uses nothing
-ALONE = "elsewhere"  # uses nothing, and nothing uses it
-ONLY = {"show": {"show", "core", "evaluate"}, ALONE: {ALONE}, "errors": {"errors"}}
-LIGHT = {"core", "methods"}
+ALONE = "elsewhere"  # demonstrations: nothing uses it but the replay of golden files
+ONLY = {"show": {"show", "core", "evaluate"}, ALONE: {ALONE, "core", "show"}, "errors": {"errors"}}
+USERS = {"testing": {ALONE}}
 LIGHT_IMPORTS = sys.stdlib_module_names | {"torch", "numpy", PACKAGE}
+ALLOWED_IN = {"core": LIGHT_IMPORTS, "methods": LIGHT_IMPORTS, ALONE: LIGHT_IMPORTS | {"scipy"}}
 LAZY = {f"{PACKAGE}.core.head_triton": {"triton"}}  # loaded by name on CUDA only; triton comes with torch there
 
 EVALUATORS = {"eval", "exec", "execfile", "sympify", "parse_expr"}  # sympy's two call eval on their text
@@ -147,7 +148,7 @@ def length(function: Function) -> int:
 
 
 def upward_imports(module: Module) -> list[str]:
-    """Imports that go up a floor, into or out of `elsewhere`, or beyond what `show` may use."""
+    """Imports that go up a floor, into `elsewhere`, or beyond what it and `show` may use."""
     found = []
     if module.part not in HEIGHT and module.part not in FREE | {ALONE}:
         return [f"{module.path}: '{module.part}' has no floor; give it one in FLOORS"]
@@ -159,6 +160,7 @@ def upward_imports(module: Module) -> list[str]:
         if allowed is None:
             height = HEIGHT.get(target)
             good = target == module.part or (height is not None and height <= HEIGHT[module.part])
+            good |= target in USERS.get(module.part, set())
         else:
             good = target in allowed
         if not good:
@@ -167,13 +169,15 @@ def upward_imports(module: Module) -> list[str]:
 
 
 def heavy_imports(module: Module) -> list[str]:
-    """Third-party imports of core and methods other than torch and numpy; for type checking they are free."""
-    if module.part not in LIGHT:
+    """Third-party imports of core and methods other than torch and numpy, and of elsewhere other than these and scipy;
+    for type checking they are free."""
+    allowed = ALLOWED_IN.get(module.part)
+    if allowed is None:
         return []
     return [
         module.at(item.node, f"'{module.part}' must not import {item.target}")
         for item in imports(module)
-        if not item.type_checking and item.target.split(".")[0] not in LIGHT_IMPORTS | LAZY.get(module.name, set())
+        if not item.type_checking and item.target.split(".")[0] not in allowed | LAZY.get(module.name, set())
     ]
 
 
@@ -300,11 +304,13 @@ PLANTED = {
     "a floor up, through the package": (upward_imports, "policy.a", "from rlvr_lab import train"),
     "a face": (upward_imports, "train.a", "from ..cli import main"),
     "into elsewhere": (upward_imports, "cli", "from .elsewhere import ising"),
-    "out of elsewhere": (upward_imports, "elsewhere.a", "from ..core import x"),
+    "into elsewhere from a method": (upward_imports, "methods.a", "from ..elsewhere import x"),
+    "out of elsewhere": (upward_imports, "elsewhere.a", "from ..methods import x"),
     "show beyond its two": (upward_imports, "show.a", "from ..methods import x"),
     "a part without a floor": (upward_imports, "helpers.a", ""),
     "errors that use something": (upward_imports, "errors", "from .core import x"),
     "transformers in core": (heavy_imports, "core.a", "import transformers"),
+    "transformers in elsewhere": (heavy_imports, "elsewhere.a", "import transformers"),
     "scipy in a method's function": (heavy_imports, "methods.a", "def f():\n    from scipy import stats"),
     "eval": (unsafe_calls, "tasks.a", "x = eval(text)"),
     "exec": (unsafe_calls, "tasks.a", "builtins.exec(text)"),
@@ -328,6 +334,9 @@ ALLOWED = {
     "a floor down": (upward_imports, "train.a", "from ..core import x\nfrom ..errors import UserError"),
     "the same floor": (upward_imports, "policy.a", "from ..tasks import countdown\nfrom . import tiny"),
     "the version": (upward_imports, "train.a", "from rlvr_lab import __version__\nfrom .. import __version__"),
+    "out of elsewhere to core": (upward_imports, "elsewhere.a", "from ..core import x\nfrom ..show import theme"),
+    "the replay of golden files": (upward_imports, "testing.adapters.a", "from ...elsewhere import x"),
+    "scipy in elsewhere": (heavy_imports, "elsewhere.a", "from scipy import linalg"),
     "torch in core": (heavy_imports, "core.a", "import math\nimport numpy\nimport torch.nn.functional"),
     "transformers as a type": (heavy_imports, "methods.a", "if TYPE_CHECKING:\n    import transformers"),
     "transformers in policy": (heavy_imports, "policy.a", "import transformers"),

@@ -9,12 +9,25 @@ import typer
 from ..errors import UserError
 from ._common import table, user_errors
 
-IMPORTANCE = ("slug", "stage", "arXiv", "status", "title", "recipe", "hooks", "chapter", "presets", "step time")
+IMPORTANCE = (
+    "slug",
+    "group",
+    "stage",
+    "arXiv",
+    "status",
+    "title",
+    "recipe",
+    "hooks",
+    "chapter",
+    "presets",
+    "step time",
+)
 LEAST = 12
 
 
 def methods(
     slug: Annotated[str | None, typer.Argument(help="Show one method with its settings.", show_default=False)] = None,
+    every: Annotated[bool, typer.Option("--all", help="Also the works of other fields, group 'elsewhere'.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List the methods with stage, citation, hooks, presets, chapter, recipe and status; or one with its settings.
@@ -22,6 +35,8 @@ def methods(
     Examples:
 
         rlvr-lab methods
+
+        rlvr-lab methods --all
 
         rlvr-lab methods kl_cov
 
@@ -34,7 +49,7 @@ def methods(
     """
     import json
 
-    from ..methods import REGISTRY
+    from ..methods import ELSEWHERE, REGISTRY
 
     with user_errors():
         if slug is not None:
@@ -42,10 +57,12 @@ def methods(
             settings = _method_settings(slug)
             typer.echo(json.dumps(row | {"settings": settings}, indent=1)) if as_json else _show_method(row, settings)
             return
-        rows = [_method_row(name) for name in REGISTRY]
+        rows = [_method_row(name) for name in (REGISTRY | ELSEWHERE if every else REGISTRY)]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
+        if not every:
+            rows = [{name: text for name, text in row.items() if name != "group"} for row in rows]
         shown = _columns(rows, _width())
         table("methods", shown, [[row[name] for name in shown] for row in rows])
         if left := [name for name in rows[0] if name not in shown]:
@@ -61,7 +78,7 @@ def _width() -> int:
 def _columns(rows: list[dict[str, str]], width: int) -> list[str]:
     """The columns that fit, the more important ones first, each but the slug at least `LEAST` characters wide."""
     used, kept = 1, []
-    for name in IMPORTANCE:
+    for name in (name for name in IMPORTANCE if name in rows[0]):
         longest = max(len(name), *(len(row[name]) for row in rows))
         used += 3 + (longest if name == "slug" else min(longest, LEAST))
         if used > width:
@@ -72,14 +89,16 @@ def _columns(rows: list[dict[str, str]], width: int) -> list[str]:
 
 def _method_row(slug: str) -> dict[str, str]:
     from ..errors import nearest
-    from ..methods import REGISTRY, hooks_of, load_class, step_costs
+    from ..methods import ELSEWHERE, REGISTRY, hooks_of, load_class, step_costs
 
-    if slug not in REGISTRY:
-        raise UserError(f"no method '{slug}'; {nearest(slug, REGISTRY)}")
-    entry = REGISTRY[slug]
+    listed = REGISTRY | ELSEWHERE
+    if slug not in listed:
+        raise UserError(f"no method '{slug}'; {nearest(slug, listed)}")
+    entry = listed[slug]
     cls, added = load_class(slug) if entry.cls else None, step_costs().get(slug)
     return {
         "slug": entry.slug,
+        "group": entry.group,
         "title": entry.title,
         "arXiv": entry.arxiv,
         "stage": entry.stage,
@@ -96,9 +115,9 @@ def _method_settings(slug: str) -> dict[str, dict[str, Any]]:
     """Every setting with its value in each preset."""
     from dataclasses import asdict
 
-    from ..methods import REGISTRY, load_class
+    from ..methods import load_class, trainable
 
-    if not REGISTRY[slug].cls:
+    if slug not in trainable():
         return {}
     presets = {name: asdict(config) for name, config in load_class(slug).presets.items()}
     names = next(iter(presets.values()), {})

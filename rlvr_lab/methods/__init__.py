@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from importlib import import_module, resources
 from typing import Any
 
 from ..errors import UserError, nearest
+from ._elsewhere import ELSEWHERE
+from ._entry import Entry
 from .base import EXCLUSIVE, HOOKS, NEEDED, Method, Pipeline
 
-__all__ = ["REGISTRY", "Entry", "Method", "Pipeline", "build", "compose", "hooks_of", "load_class", "trainable"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a work lives and where it comes from. `chapter` and `recipe` are paths without ending.
-
-    `module` is dotted below `rlvr_lab`; `cls` is None for an analysis, which measures and does not train;
-    `chapter` is None where it is still to be written.
-    """
-
-    slug: str
-    title: str
-    arxiv: str
-    card: str
-    stage: str
-    module: str
-    cls: str | None
-    chapter: str | None
-    recipe: str | None
-    status: str
-    """`tested`: golden values and gradients, invariance, presets, chapter with control."""
+__all__ = [
+    "ELSEWHERE",
+    "REGISTRY",
+    "Entry",
+    "Method",
+    "Pipeline",
+    "build",
+    "compose",
+    "hooks_of",
+    "load_class",
+    "trainable",
+]
 
 
 _TESTED = "tested, not run at scale"

@@ -25,6 +25,7 @@ CHAPTERS = normalise.chapters()
 CHECK_TAG = "nbval-check-output"
 MIN_CHECKED = 3
 MAX_BUDGET_S = 60
+MAX_BUDGET_OF_SEVERAL_WORKS_S = 120  # the chapters on works of other fields, each a demonstration
 
 each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 
@@ -182,7 +183,8 @@ def test_says_what_is_disputed_and_cites(path: Path) -> None:
 def test_time_budget_is_one_that_a_reader_accepts(path: Path) -> None:
     # The budget itself is enforced by execute.py, which measures.
     budget = read(path).metadata.get("rlvr", {}).get("budget_s", execute.DEFAULT_BUDGET_S)
-    assert 0 < budget <= MAX_BUDGET_S
+    several = path.parent.name == "8_elsewhere"
+    assert 0 < budget <= (MAX_BUDGET_OF_SEVERAL_WORKS_S if several else MAX_BUDGET_S)
 
 
 @each_chapter

@@ -16,9 +16,15 @@ from pathlib import Path
 import normalise
 import pytest
 
+from rlvr_lab.methods import ELSEWHERE
+
 ROOT = Path(__file__).resolve().parents[2]
 MUTANTS = ROOT / "tests" / "mutants"
 CHAPTERS = {path.stem: path for path in normalise.chapters()}
+# A chapter on several works of other fields has a mutant for each of them; all others have one of their own name.
+WORKS = {slug: entry.chapter.split("/")[-1] for slug, entry in ELSEWHERE.items() if entry.chapter}
+TARGETS = {slug: CHAPTERS[slug] for slug in CHAPTERS if slug not in WORKS.values()}
+TARGETS |= {slug: CHAPTERS[chapter] for slug, chapter in WORKS.items() if chapter in CHAPTERS}
 NOTICED = ("Cell outputs differ", "AssertionError")
 
 
@@ -35,17 +41,18 @@ def nbval(chapter: Path, *, pythonpath: Path | None = None) -> subprocess.Comple
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_one_mutant_for_each_chapter() -> None:
+def test_one_mutant_for_each_chapter_and_each_work() -> None:
     mutants = {path.parent.name for path in MUTANTS.glob("*/sitecustomize.py")}
-    assert mutants == set(CHAPTERS)
+    assert mutants == set(TARGETS)
+    assert set(WORKS.values()) <= set(CHAPTERS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", CHAPTERS)
+@pytest.mark.parametrize("slug", TARGETS)
 def test_chapter_notices_its_mutant(slug: str) -> None:
     mutant = MUTANTS / slug
     assert (mutant / "sitecustomize.py").is_file(), "no mutant for this chapter"
-    result = nbval(CHAPTERS[slug], pythonpath=mutant)
+    result = nbval(TARGETS[slug], pythonpath=mutant)
     log = result.stdout[-3000:] + result.stderr[-1000:]
     assert result.returncode == 1, f"the chapter does not notice the bug\n{log}"
     assert any(text in result.stdout for text in NOTICED), f"it crashes instead of noticing\n{log}"

@@ -13,7 +13,7 @@ from builders import golden_case
 
 from rlvr_lab.core.reduce import reduce
 from rlvr_lab.errors import UserError
-from rlvr_lab.methods import REGISTRY, Entry, build, hooks_of, load_class, trainable
+from rlvr_lab.methods import ELSEWHERE, REGISTRY, Entry, build, hooks_of, load_class, trainable
 from rlvr_lab.methods.base import HOOKS, LossInputs, Method
 from rlvr_lab.methods.grpo import GRPO
 from rlvr_lab.train.config import packaged_recipes
@@ -70,7 +70,7 @@ def test_every_method_keeps_the_contract_of_its_module(slug: str) -> None:
         assert build(slug, {"preset": preset}).slug == slug
 
 
-@pytest.mark.parametrize("entry", REGISTRY.values(), ids=lambda e: e.slug)
+@pytest.mark.parametrize("entry", (REGISTRY | ELSEWHERE).values(), ids=lambda e: e.slug)
 def test_the_registry_points_at_what_exists(entry: Entry) -> None:
     assert import_module(f"rlvr_lab.{entry.module}").__doc__
     assert entry.recipe is None or entry.recipe in packaged_recipes()

@@ -1,0 +1,5 @@
+"""Entropy in other fields: one module per work, its core equations and the smallest demonstration with its control.
+
+Nothing in the package uses these modules but the replay of golden files; they use `core`, `show`, torch, numpy and scipy.
+`rlvr-lab methods --all` lists them under the group "elsewhere".
+"""
