@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ __all__ = [
     "AttentionDeadZone",
     "BoundSearch",
     "ClipForce",
+    "Curve",
     "EntropyCorridor",
     "EntropySignal",
     "KappaByChance",
     "MemoryCalculator",
+    "MovingFigure",
     "NucleusHead",
     "PassAtK",
     "PolicyGradientBandit",
@@ -688,3 +692,71 @@ class StoppingDial(_Widget):
         if not -4 <= power <= 0.5 or not 1 <= least <= 6:
             raise ValueError("power must lie in [-4, 0.5] and least in 1 to 6")
         super().__init__(chains=told, power=float(power), least=least, **kwargs)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line, or one set of points, of a `MovingFigure`; a value of y that is nan interrupts it."""
+
+    name: str
+    x: Sequence[float] | Any
+    y: Sequence[float] | Any
+    points: bool = False
+
+    def plain(self) -> dict[str, Any]:
+        """What the page gets, with four digits of each number. Raises ValueError for lengths that differ."""
+        x, y = ([float(value) for value in values] for values in (self.x, self.y))
+        if len(x) != len(y) or not x or not all(map(math.isfinite, x)):
+            raise ValueError(f"curve '{self.name}' needs as many finite x ({len(x)}) as y ({len(y)}), at least one")
+        told = [float(f"{value:.4g}") if math.isfinite(value) else None for value in y]
+        return {"name": self.name, "x": [float(f"{v:.4g}") for v in x], "y": told, "points": self.points}
+
+
+class MovingFigure(_Widget):
+    """A figure computed at several positions of one dial: what changes with it, and what stays?"""
+
+    _esm = javascript("moving_figure")
+    # here and not in the common sheet: every notebook stores the sheet of its widgets
+    _css = _CSS + (_HERE / "moving_figure.css").read_text(encoding="utf-8")
+    _shown = ("dial", "start")
+    frames = traitlets.List(traitlets.Dict()).tag(sync=True)
+    dial, x, y, alt = (traitlets.Unicode().tag(sync=True) for _ in range(4))
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    bars = traitlets.Bool(False).tag(sync=True)
+    start = traitlets.Int(0).tag(sync=True)
+
+    def __init__(
+        self,
+        frames: Mapping[str, Sequence[Curve]],
+        *,
+        dial: str,
+        x: str,
+        y: str,
+        says: Sequence[str],
+        alt: str,
+        start: int = 0,
+        bars: bool = False,
+        labels: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
+        """``frames``: the curves at each position of the ``dial``, by its reading, one to four with the same names;
+        ``says``: a sentence for each position. With ``bars`` the x are 0, 1, ...; ``labels`` are their names."""
+        sizes = {tuple(curve.name for curve in curves) for curves in frames.values()}
+        if len(frames) < 2 or len(sizes) != 1 or not 1 <= len(next(iter(sizes))) <= 4:
+            raise ValueError("a figure that moves needs two positions, and the same one to four curves at each")
+        if len(says) != len(frames) or any(a == b for a, b in pairwise(says)):
+            raise ValueError(f"says needs a sentence for each of the {len(frames)} positions, unlike its neighbour's")
+        if not 0 <= start < len(frames) - 1 or len(alt) < 30:
+            raise ValueError("start must leave room to the right, and alt must say in words what is seen")
+        told: list[dict[str, Any]] = [
+            {"label": label, "says": text, "curves": [curve.plain() for curve in curves]}
+            for (label, curves), text in zip(frames.items(), says, strict=True)
+        ]
+        places = {value for frame in told for curve in frame["curves"] for value in curve["x"]}
+        if (bars or labels) and places != set(range(len(labels) or len(places))):
+            raise ValueError("with bars or labels the x are 0, 1, ..., one for each label")
+        if not any(value is not None for frame in told for curve in frame["curves"] for value in curve["y"]):
+            raise ValueError("there is no finite y to draw")
+        super().__init__(
+            frames=told, dial=dial, x=x, y=y, alt=alt, start=start, bars=bars, labels=list(labels), **kwargs
+        )
