@@ -1,10 +1,12 @@
 """What sampling from prefixes costs: CPU time per generated token of `extend`, with and without its memory.
 
-    python benchmarks/prefix.py [--repeats 5]
+    python benchmarks/prefix.py [--repeats 5] [--jobs 8] [--case 28m-64 ...]
+    python benchmarks/prefix.py --device cuda
 
-One process, interleaved A B C A B C ..., the median of the ratios of neighbours with the lowest and the highest. Two
-policies: the tiny lab's S on Countdown, and a Llama of 28 million random parameters on random prompts. The variants of
-`extend` continue the same responses:
+A process for each variant, interleaved A B C A B C ..., the median of the ratios of neighbours with the lowest and the
+highest. Policies: the tiny lab's S on Countdown, and a Llama of 28 million random parameters on random prompts, with 16
+and with 64 responses in flight, because what is left of a prefix's cost comes from few rows. The variants of `extend`
+continue the same responses:
 
 - `empty`: from the prompts themselves, which is what the path costs where no prefix is;
 - `first`, `half`, `late`: every response cut at a quarter, half and three quarters of its own length, so that contexts
@@ -21,9 +23,9 @@ that went through its tree, and what the memory then holds is copied for every m
 
 Each is compared with two things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
 longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts; what is left is the
-prefixes' own cost. CPU time of this process is the measure, because wall time on a shared machine is noise. On a GPU,
-where reading is parallel and sampling is not, a prefix should cost less; that was not measured. Results go to
-`benchmarks/results/prefix.json` with machine, versions and date. The aim is 1.2 at most.
+prefixes' own cost. CPU time of the process is the measure, because wall time on a shared machine is noise; on a GPU it
+is wall time up to the device's last kernel. Results go to `benchmarks/results/prefix.json`, or `prefix_cuda.json`, with
+machine, versions and date. The aim is 1.2 at most.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -69,14 +73,14 @@ class Case:
     """A text that the policy never writes."""
 
 
-def tiny() -> Case:
+def tiny(device: str) -> Case:
     """The shipped S at the batch of grpo/tiny."""
-    policy = load_policy("tiny/S", device="cpu")
+    policy = load_policy("tiny/S", device=device)
     prompts = [list(p.prompt_ids) for p in countdown.problems(32, 0)]
     return Case(policy, prompts, 8, Sampling(1.0, 28), "yes yes yes")
 
 
-def larger(folder: str) -> Case:
+def larger(device: str, prompts: int) -> Case:
     """28 million random parameters; responses run to their limit, because the end token is one of 1,024 words."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -85,12 +89,19 @@ def larger(folder: str) -> Case:
         vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=512, tie_word_embeddings=False, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(shipped("S")).save_pretrained(folder)
     rng = random.Random(0)
-    prompts = [[rng.randrange(8, 1024) for _ in range(32)] for _ in range(2)]
-    return Case(load_policy(folder, device="cpu"), prompts, 8, Sampling(1.0, 48), "yes yes yes")
+    drawn = [[rng.randrange(8, 1024) for _ in range(32)] for _ in range(prompts)]
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).eval().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(shipped("S")).save_pretrained(folder)
+        return Case(load_policy(folder, device=device), drawn, 8, Sampling(1.0, 48), "yes yes yes")
+
+
+CASES: dict[str, Callable[[str], Case]] = {
+    "tiny/S": tiny,
+    "28m": lambda device: larger(device, 2),
+    "28m-64": lambda device: larger(device, 8),
+}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -163,72 +174,103 @@ def known(engine: TransformersEngine) -> Callable[[], Memory]:
     return again
 
 
+def cost(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of this process, or seconds until a GPU has done its last kernel; and the result."""
+    if device.type != "cuda":
+        return cpu(work)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
 def per_token(engine: TransformersEngine, work: Work, memory: Memory | None = None) -> float:
-    """CPU seconds per generated token."""
+    """Seconds per generated token."""
     engine.memory = memory
-    seconds, pieces = cpu(lambda: work(torch.Generator().manual_seed(2)))
+    seconds, pieces = cost(engine.policy.device, lambda: work(torch.Generator().manual_seed(2)))
     engine.memory = None
     return seconds / sum(len(piece.ids) for piece in pieces)
 
 
-def measured(name: str, case: Case, repeats: int) -> dict[str, object]:
-    """Every variant against plain sampling and against its own shape, printed as it comes."""
+def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, Any]:
+    """One variant against plain sampling and against its own shape."""
+    torch.set_num_threads(1)
+    case = CASES[name](device)
     engine = TransformersEngine(case.policy)
 
     def plain() -> float:
         generator = torch.Generator().manual_seed(0)
-        seconds, rollout = cpu(lambda: engine.sample(case.prompts, case.group, case.sampling, generator))
+        seconds, rollout = cost(
+            case.policy.device, lambda: engine.sample(case.prompts, case.group, case.sampling, generator)
+        )
         return seconds / int(rollout.sampled.sum())
 
     with engine.remembering():
-        works = variants(case, engine)
+        work, shape = variants(case, engine)[variant]
         roots = known(engine)
-    found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    for variant, (work, shape) in works.items():
-        memory = Memory if variant == "tree" else roots
-        rows = [
-            (per_token(engine, work, memory()), per_token(engine, work), plain(), per_token(engine, shape))
-            for _ in range(repeats + 1)
-        ][1:]
-        found[variant] = {
-            way: {
-                "over_plain": spread([row[place] / row[2] for row in rows]),
-                "over_same_shape": spread([row[place] / row[3] for row in rows]),
-            }
-            for place, way in enumerate(("kept", "again"))
+    memory = Memory if variant == "tree" else roots
+    rows = [
+        (per_token(engine, work, memory()), per_token(engine, work), plain(), per_token(engine, shape))
+        for _ in range(repeats + 1)
+    ][1:]
+    found = {
+        way: {
+            "over_plain": spread([row[place] / row[2] for row in rows]),
+            "over_same_shape": spread([row[place] / row[3] for row in rows]),
         }
-        print(name, variant, {(w, k): round(v["median"], 2) for w, o in found[variant].items() for k, v in o.items()},
-              flush=True)  # fmt: skip
-    return {
+        for place, way in enumerate(("kept", "again"))
+    }
+    print(name, variant, {(w, k): round(v["median"], 2) for w, o in found.items() for k, v in o.items()}, flush=True)
+    about = {
         "parameters": sum(p.numel() for p in case.policy.model.parameters()),
         "responses": len(case.prompts) * case.group,
         "prompt_tokens": len(case.prompts[0]),
         "max_tokens": case.sampling.max_tokens,
-        "plain_microseconds_per_token": 1e6 * plain(),
-        "cost_per_generated_token": found,
+        "plain_microseconds_per_token": 1e6 * statistics.median(row[2] for row in rows),
+    }
+    return {"about": about, "cost": found}
+
+
+VARIANTS = ("empty", *CUTS, "ragged", "tree", "stops")
+
+
+def joined(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the processes of one policy found, by variant."""
+    return next(iter(parts.values()))["about"] | {
+        "cost_per_generated_token": {variant: part["cost"] for variant, part in parts.items()},
         "within_aim": {
-            name: {key: value["median"] <= AIM for key, value in ways["kept"].items()} for name, ways in found.items()
+            variant: {key: value["median"] <= AIM for key, value in part["cost"]["kept"].items()}
+            for variant, part in parts.items()
         },
     }
 
 
 def main(
     repeats: Annotated[int, typer.Option(help="Ratios of each kind.")] = 5,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "benchmarks/results/prefix.json",
+    case: Annotated[list[str] | None, typer.Option(help=f"Only these policies, of {', '.join(CASES)}.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time; on a GPU leave it at 1.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where the figures go.")] = None,
 ) -> None:
     """Measure the prefix path; see the head of this file."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        cases = {"tiny/S": tiny(), "28m": larger(folder)}
-        report: dict[str, object] = {
-            "what": __doc__,
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "repeats": repeats,
-            "aim": AIM,
-            "policies": {name: measured(name, case, repeats) for name, case in cases.items()},
+    wanted = case or list(CASES)
+    if unknown := set(wanted) - set(CASES):
+        raise SystemExit(f"--case {unknown.pop()}: choose of {', '.join(CASES)}")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        started = {
+            name: {variant: pool.submit(measured, name, variant, device, repeats) for variant in VARIANTS}
+            for name in wanted
         }
-    out.write_text(json.dumps(report, indent=1) + "\n")
+        policies = {
+            name: joined({variant: future.result() for variant, future in parts.items()})
+            for name, parts in started.items()
+        }
+    measure = "seconds" if device.startswith("cuda") else "CPU seconds"
+    report: dict[str, object] = {"what": __doc__, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+    report |= {"measure": measure, "repeats": repeats, "aim": AIM, "policies": policies}
+    name = "prefix.json" if device == "cpu" else f"prefix_{device.split(':')[0]}.json"
+    (out or ROOT / "benchmarks/results" / name).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

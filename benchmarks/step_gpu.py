@@ -167,11 +167,14 @@ def main(
             shown = {k: v for k, v in found[slug].items() if k not in ("loss", "token_entropy", "seconds")}
             print(slug, json.dumps(shown), flush=True)
             del trainer
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() and device != "cpu":  # after each: a limit on time loses nothing
                 torch.cuda.empty_cache()
-    if torch.cuda.is_available() and device != "cpu":
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "size": size, "steps": steps, **options}
-        (RESULTS / f"step_gpu_{size}.json").write_text(json.dumps(about | {"methods": found}, indent=1) + "\n")
+                _write(size, steps, options, found)
+
+
+def _write(size: str, steps: int, options: dict[str, Any], found: dict[str, Any]) -> None:
+    about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "size": size, "steps": steps, **options}
+    (RESULTS / f"step_gpu_{size}.json").write_text(json.dumps(about | {"methods": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
