@@ -1,4 +1,4 @@
-"""Replays cpl.json: scores, loss, accuracy and gradients of labelled pairs, with a reference and without, and of ranks."""
+"""Replays cpl.json: scores, loss, accuracy, gradients; for pairs with and without a reference, and for ranks."""
 
 from __future__ import annotations
 
