@@ -10,7 +10,8 @@ needs no search: a backward recursion tilts every step, and the tilted sampler d
 
 gamma = alpha gives Bayes' posterior. If the initial law p_T is kept as it was, the law of x_0 is biased, unless T is so
 long that x_T says nothing about x_0. With normal steps KL = |mu_pi - mu_p|^2 / (2 sigma^2), and the tilt is the
-guidance sigma^2 grad V. Replace "denoising step" by "token": `kernels` may be rectangular, from prefixes to longer prefixes.
+guidance sigma^2 grad V. Replace "denoising step" by "token": `kernels` may be rectangular, from
+prefixes to longer prefixes.
 
 Shapes: S states, T steps; kernels [S_t, S_{t-1}] with rows "from", in the order in which they are run, noise first;
 reward [S_0] and values in nats. gamma and alpha only enter the law of x_0 by their ratio.
@@ -103,7 +104,10 @@ class Controlled:
 def soft_control(
     initial: ArrayLike, kernels: Sequence[ArrayLike], reward: ArrayLike, alpha: float = 1.0, gamma: float = 1.0
 ) -> Controlled:
-    """The backward recursion. A reward of -inf forbids a last state; one must remain possible. Rows that lead nowhere else stay."""
+    """The backward recursion. A reward of -inf forbids a last state; one must remain possible.
+
+    A kernel's row that leads to forbidden states only is kept as it was: the tilted sampler never gets there.
+    """
     _positive(alpha=alpha, gamma=gamma)
     start = _stochastic("initial", initial, 1)
     steps = [_stochastic("kernels", kernel, 2) for kernel in kernels]
@@ -166,7 +170,7 @@ def log_label(probability: ArrayLike, floor: float = 0.0) -> Array:
 def gaussian_step_kl(mean: ArrayLike, base: ArrayLike, sigma: float, average: bool = False) -> float:
     """KL of two normal steps of equal spread, |mean - base|^2 / (2 sigma^2), in nats.
 
-    With `average` the mean over dimensions in place of the sum; at sigma = 0 (DDIM with eta 0) it is 0. Both as released.
+    With `average` the mean over dimensions in place of the sum; at sigma = 0 (DDIM with eta 0) it is 0: as released.
     """
     a, b = np.asarray(mean, dtype=float), np.asarray(base, dtype=float)
     if a.shape != b.shape or not a.size or not (np.isfinite(a).all() and np.isfinite(b).all()):
