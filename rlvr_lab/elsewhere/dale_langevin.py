@@ -16,7 +16,7 @@ logarithm of a positive number makes a random walk, and running the walk backwar
 
 Symbols: w, x positive, any shape; g the gradient of a loss; sigma > 0 in 1/sqrt(time), t time, eps and z standard
 normal; h without unit. The +1 between h and the score of ln x is the Jacobian of the logarithm. The first version of
-the paper has one multiplicative rule, the second one (2026) sets the two samplers apart [derived: both rules were checked
+the paper has one multiplicative rule, the second one (2026) sets the two samplers apart [derived: both were checked
 numerically for the card; the paper's own objects are named after its abstract].
 """
 
