@@ -1,4 +1,4 @@
-"""Planted bug: the frame does not move. The place has to keep still, while the state still has to be constant in time."""
+"""Planted bug: the frame does not move: the place has to keep still, while the state still has to be constant."""
 
 from __future__ import annotations
 
