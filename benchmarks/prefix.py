@@ -129,34 +129,39 @@ def bare(starts: Sequence[Start], prompt_tokens: int) -> list[Start]:
     return sorted(short, key=lambda start: list(start.ids))
 
 
+def generator(case: Case, seed: int) -> torch.Generator:
+    """A seeded source of draws on the policy's device."""
+    return torch.Generator(case.policy.device).manual_seed(seed)
+
+
 def variants(case: Case, engine: TransformersEngine) -> dict[str, tuple[Work, Work]]:
     """Every variant, and work of the same shape without prefixes."""
     most, width = case.sampling.max_tokens, len(case.prompts[0])
 
-    def grown(starts: Sequence[Start], generator: torch.Generator, *stops: str) -> list[Piece]:
-        return engine.extend(starts, case.sampling, generator, stops=stops)
+    def grown(starts: Sequence[Start], source: torch.Generator, *stops: str) -> list[Piece]:
+        return engine.extend(starts, case.sampling, source, stops=stops)
 
     def both(starts: Sequence[Start], *stops: str) -> tuple[Work, Work]:
         short = bare(starts, width)
-        return (lambda generator: grown(starts, generator, *stops)), (lambda generator: grown(short, generator))
+        return (lambda source: grown(starts, source, *stops)), (lambda source: grown(short, source))
 
     roots = roots_of(case)
     empty = [path.start(most) for path in roots]
-    for path, piece in zip(roots, grown(empty, torch.Generator().manual_seed(1)), strict=True):
+    for path, piece in zip(roots, grown(empty, generator(case, 1)), strict=True):
         path.add(piece)
 
-    def tree(generator: torch.Generator, short: bool = False) -> list[Piece]:
+    def tree(source: torch.Generator, short: bool = False) -> list[Piece]:
         paths, rng = roots_of(case)[:: BRANCHES + 1], random.Random(3)
-        pieces = grown([path.start(most) for path in paths], generator)
+        pieces = grown([path.start(most) for path in paths], source)
         for path, piece in zip(paths, pieces, strict=True):
             path.add(piece)
         starts = cut([path for path in paths for _ in range(BRANCHES)], rng.random, most)
-        return pieces + grown(bare(starts, width) if short else starts, generator)
+        return pieces + grown(bare(starts, width) if short else starts, source)
 
     found = {"empty": both(empty)}
     found |= {name: both(cut(roots, lambda share=share: share, most)) for name, share in CUTS.items()}  # type: ignore[misc]
     found["ragged"] = both(cut(roots, random.Random(4).random, most))
-    found["tree"] = tree, lambda generator: tree(generator, True)
+    found["tree"] = tree, lambda source: tree(source, True)
     found["stops"] = both(empty, case.stop)
     return found
 
@@ -185,10 +190,10 @@ def cost(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def per_token(engine: TransformersEngine, work: Work, memory: Memory | None = None) -> float:
+def per_token(case: Case, engine: TransformersEngine, work: Work, memory: Memory | None = None) -> float:
     """Seconds per generated token."""
     engine.memory = memory
-    seconds, pieces = cost(engine.policy.device, lambda: work(torch.Generator().manual_seed(2)))
+    seconds, pieces = cost(case.policy.device, lambda: work(generator(case, 2)))
     engine.memory = None
     return seconds / sum(len(piece.ids) for piece in pieces)
 
@@ -200,9 +205,9 @@ def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, An
     engine = TransformersEngine(case.policy)
 
     def plain() -> float:
-        generator = torch.Generator().manual_seed(0)
+        drawn = generator(case, 0)
         seconds, rollout = cost(
-            case.policy.device, lambda: engine.sample(case.prompts, case.group, case.sampling, generator)
+            case.policy.device, lambda: engine.sample(case.prompts, case.group, case.sampling, drawn)
         )
         return seconds / int(rollout.sampled.sum())
 
@@ -211,7 +216,12 @@ def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, An
         roots = known(engine)
     memory = Memory if variant == "tree" else roots
     rows = [
-        (per_token(engine, work, memory()), per_token(engine, work), plain(), per_token(engine, shape))
+        (
+            per_token(case, engine, work, memory()),
+            per_token(case, engine, work),
+            plain(),
+            per_token(case, engine, shape),
+        )
         for _ in range(repeats + 1)
     ][1:]
     found = {

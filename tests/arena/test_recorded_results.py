@@ -14,7 +14,6 @@ CONTESTS = ("arena.json", "arena_signal.json")
 ELSEWHERE = {
     "bupo": "bupo",
     "pear": "pear",
-    "empg": "cascade",
     "cure": "cure",
     "ettrl": "ettrl",
     "spear": "spear",
