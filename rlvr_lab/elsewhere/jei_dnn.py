@@ -23,9 +23,11 @@ min E sum_l P_l (CE_l + lambda c_l), c_l the cost of exit l (1 at the end). It i
 | gate logits, P, T | [B, L] | | cost c | [L + 1] |
 
 **The released code leaves out sg.** Then the sum over l is sum_l CE_l whatever P is: value and gradient are those of
-the unweighted mean, and the gates have no say in how the classifiers are trained (`ratio="released"`). The default
-here, `ratio="detached"`, is what the text describes. Where every P_l of a sample is exactly 0, so that it always goes
-to the end, the code divides 0 by 0; here the denominator is held above 0 and the sample counts nothing.
+the unweighted mean, and the gates have no say in how the classifiers are trained (`ratio="released"`). The default,
+`ratio="detached"`, is what the code seems to intend [inferred]; its gradient is sum_k CE_k (held) times that of
+ln sum_l P_l CE_l, which is no proper score and asks for more confidence than is due. `ratio="unscaled"` is the gradient
+of the objective itself. Where every P_l of a sample is exactly 0, so that it always goes to the end, the code divides 0
+by 0; here the denominator is held above 0 and the sample counts nothing.
 The demonstration with its controls is in `jei_dnn_demo`.
 """
 
