@@ -102,6 +102,13 @@ def refuse_turns(task: str, engine: str) -> None:
         )
 
 
+def refuse_optimizer(name: str, engine: str) -> None:
+    """Raise UserError for an optimizer (`optimizer.name`) that the `engine` named is not given."""
+    if name != "adamw":
+        raise UserError(f"optimizer.name {name} is of our own loop, and {engine} brings AdamW; train it with rlvr-lab "
+                        "train, or set optimizer.name=adamw and its own optimizer.lr")  # fmt: skip
+
+
 # -- rollout to micro-batches -----------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import UserError
 from ..train.config import TrainConfig
-from .exchange import adapter_targets, pipeline_of, refuse_turns, unsupported
+from .exchange import adapter_targets, pipeline_of, refuse_optimizer, refuse_turns, unsupported
 
 SCRIPT = Template('''\
 """Written by `rlvr-lab export --engine trl`: $title in TRL. Run launch.sh, or: python train_trl.py"""
@@ -89,6 +89,7 @@ def export(config: TrainConfig, out: Path) -> list[Path]:
     if reason := unsupported(pipeline_of(config.methods)):
         raise UserError(reason)
     refuse_turns(config.data.task, "TRL")
+    refuse_optimizer(config.optimizer.name, "TRL")
     config = _with_whole_paths(config)
     files = {
         "train_trl.py": _script(config),

@@ -23,7 +23,7 @@ import yaml
 from ..errors import UserError
 from ..methods.base import Pipeline
 from ..train.config import TrainConfig
-from .exchange import adapter_targets, refuse_turns
+from .exchange import adapter_targets, refuse_optimizer, refuse_turns
 from .verl_support import VERSION, Tier, obstacles, pipeline_of, reduction_mode, require_tier
 
 PROMPT_TOKENS = 2048
@@ -152,6 +152,7 @@ def _check(config: TrainConfig) -> None:
             f"verl's minibatches are whole prompts: rollout.prompts={config.rollout.prompts} is no multiple of "
             f"update.minibatches={config.update.minibatches}"
         )
+    refuse_optimizer(config.optimizer.name, "verl")
     if config.optimizer.schedule == "linear":
         raise UserError("verl has no linear schedule; set optimizer.schedule to constant or cosine")
 

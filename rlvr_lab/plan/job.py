@@ -32,7 +32,7 @@ class Job:
     device: Device
     ranks: int
     stored: int
-    """Bytes of a parameter that the optimizer moves, as of its gradient and of each Adam moment."""
+    """Bytes of a parameter that the optimizer moves, as of its gradient and of each number kept with it."""
     computed: int
     """Bytes of a number in products and activations."""
     dtype: str
@@ -77,6 +77,7 @@ class Job:
     checkpointing: bool
     lora_rank: int
     lora_parameters: int
+    optimizer: str = "adamw"
 
     @property
     def responses(self) -> int:
@@ -135,6 +136,19 @@ class Job:
     def trained_bytes(self) -> int:
         """Bytes of a parameter with a gradient: peft keeps adapters in float32 on 16-bit weights."""
         return max(self.stored, BYTES["float32"]) if self.lora_rank else self.stored
+
+    @property
+    def kept_per_weight(self) -> int:
+        """Numbers that the optimizer keeps with every trained parameter: two moments, or CLASSP's history."""
+        return 1 if self.optimizer == "classp" else 2
+
+    @property
+    def largest_tensor(self) -> int:
+        """Parameters of the largest tensor that trains."""
+        s = self.shape
+        if self.lora_rank:
+            return min(self.lora_rank * max(max(sides) for sides in s.matrices.values()), self.trained)
+        return max(s.vocabulary * s.hidden, *(a * b for a, b in s.matrices.values()))
 
     @property
     def autocast(self) -> bool:
@@ -213,6 +227,7 @@ def job_of(
         checkpointing=parallel.activation_checkpointing,
         lora_rank=lora.rank,
         lora_parameters=shape.lora_parameters(lora.rank, lora.targets or None),
+        optimizer=config.optimizer.name,
     )
 
 

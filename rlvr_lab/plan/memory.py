@@ -5,7 +5,7 @@ A step has four phases, and a part is held in some of them:
     rollout    responses are sampled                       caches, logits of the next token
     score      forward passes without gradient             old or reference log-probs, statistics
     update     forward and backward of one micro-batch     activations, logits
-    optimizer  AdamW's step                                its temporaries
+    optimizer  the optimizer's step                        its temporaries
 
 The need is that of the greediest phase. The formulas follow the code of the package and of transformers (what
 autograd keeps of `LlamaDecoderLayer`, `Qwen2DecoderLayer` and `Qwen3DecoderLayer` under scaled-dot-product attention);
@@ -99,14 +99,16 @@ def _everywhere(name: str, formula: str, size: float) -> Part:
 
 
 def _state(job: Job) -> Iterator[Part]:
-    """Weights, gradients and Adam's two moments: divided by the ranks where the policy is sharded."""
+    """Weights, gradients and what the optimizer keeps, two moments or one history: divided by the ranks where the
+    policy is sharded."""
     total, trained, n, each = job.shape.parameters, job.trained, job.shards, job.trained_bytes
     over = f" / {n} ranks" if n > 1 else ""
     frozen = f" frozen + {trained:,} of adapters x {each} B" if job.lora_rank else ""
     size = total * job.stored + (trained * each if job.lora_rank else 0)
     yield _everywhere("weights", f"{total:,} x {job.stored} B{frozen}{over}", size / n)
     yield _everywhere("gradients", f"{trained:,} x {each} B{over}", trained * each / n)
-    yield _everywhere("Adam moments", f"2 x {trained:,} x {each} B{over}", 2 * trained * each / n)
+    kept, name = job.kept_per_weight, "CLASSP's history" if job.optimizer == "classp" else "Adam moments"
+    yield _everywhere(name, f"{kept} x {trained:,} x {each} B{over}", kept * trained * each / n)
 
 
 def _copies(job: Job) -> Iterator[Part]:
@@ -302,7 +304,13 @@ def _score(job: Job) -> Part | None:
 
 
 def _step_temporaries(job: Job) -> Part:
-    """AdamW over lists of tensors takes the square root of all second moments at once."""
+    """AdamW over lists of tensors takes the square root of all second moments at once; CLASSP goes tensor by tensor,
+    with a gate, a step and a divisor."""
+    if job.optimizer == "classp":
+        each = 2 * job.trained_bytes + BOOL
+        size = job.largest_tensor * each // job.shards
+        text = f"largest tensor {job.largest_tensor:,} x (2 x {job.trained_bytes} + 1) B"
+        return Part("CLASSP's temporaries", text, {"optimizer": 0 if job.offload else size})
     size = job.trained * job.trained_bytes // job.shards
     return Part(
         "AdamW's temporaries", f"{job.trained:,} x {job.trained_bytes} B", {"optimizer": 0 if job.offload else size}

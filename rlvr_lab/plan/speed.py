@@ -152,11 +152,13 @@ def _learning(job: Job, assumed: Assumptions) -> list[Duration]:
     parts = [Duration("forward and backward", formula + (f" x {job.epochs} epochs" if job.epochs > 1 else ""), work)]
     parts += _communication(job, assumed, work)
     updates = job.epochs * job.minibatches
-    # weights, gradients and both moments are read, three of them written
-    moved = 7 * job.trained * job.trained_bytes / job.shards
+    # weights, gradients and what is kept with them are read, all but the gradients written
+    numbers = 3 + 2 * job.kept_per_weight
+    moved = numbers * job.trained * job.trained_bytes / job.shards
     over, where = (job.device.link, "link to main memory") if job.offload else (job.device.bandwidth, "bandwidth")
     step = updates * moved / (over * assumed.bandwidth)
-    parts.append(Duration("AdamW", f"{updates} updates x 7 x {moved / 7e9:.2f} GB / {where}", step))
+    name = "CLASSP" if job.optimizer == "classp" else "AdamW"
+    parts.append(Duration(name, f"{updates} updates x {numbers} x {moved / numbers / 1e9:.2f} GB / {where}", step))
     if job.engine != "transformers" or job.replica:
         size = s.parameters * job.computed
         band = job.device.link if job.ranks > 1 else job.device.bandwidth

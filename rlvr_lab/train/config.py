@@ -192,17 +192,66 @@ class GuardSection(Section):
     """Stop when so many minibatches in a row were left out."""
 
 
-class OptimizerSection(Section):
-    """AdamW. The learning rate warms up linearly, then follows `schedule`."""
+class ClasspSection(Section):
+    """CLASSP's settings (`core.classp`), for `optimizer.name: classp`."""
 
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Only where the squared gradient, after clipping, exceeds it does a weight move; `moved_share` in the log is the
+    share that did. The paper's 0.5 belongs to gradients that are not clipped."""
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
+    power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    scaling: bool = True
+    """Divide by the history of the weight; false gathers it only."""
+    rule: Literal["paper", "released"] = "paper"
+    """released: a gate for whole tensors, and a history without the power."""
+
+
+class OptimizerSection(Section):
+    """AdamW, or CLASSP. The learning rate warms up linearly, then follows `schedule`."""
+
+    name: Literal["adamw", "classp"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """Of adamw."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Of adamw."""
+    classp: ClasspSection = ClasspSection()
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled. CLASSP decays the weights that move, and no other."""
     warmup: Annotated[int, Field(ge=0)] = 8
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     grad_clip: Annotated[float, Field(gt=0)] = 0.3
     guard: GuardSection = GuardSection()
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_optimizer(self) -> OptimizerSection:
+        # by value: a run's own config.yaml names every setting
+        owners = {"betas": "adamw", "eps": "adamw", "classp": "classp"}
+        for key, owner in owners.items():
+            default = type(self).model_fields[key].default
+            if owner != self.name and getattr(self, key) != default:
+                usual = list(default) if isinstance(default, tuple) else default
+                back = "" if isinstance(default, Section) else f", or set it back to {usual}"
+                raise ValueError(
+                    f"optimizer.{key} is of {owner} and does nothing with optimizer.name={self.name}; set "
+                    f"optimizer.name={owner}{back}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_gate_can_open(self) -> OptimizerSection:
+        if self.name != "classp":
+            return self
+        threshold, whole = self.classp.threshold, self.classp.rule == "released"
+        highest = 1.0 if whole else self.grad_clip**2
+        if threshold >= highest:
+            why = (
+                "the released gate never opens from 1 on"
+                if whole
+                else f"no squared gradient exceeds optimizer.grad_clip squared, {highest:.3g}"
+            )
+            raise ValueError(f"optimizer.classp.threshold is {threshold:g}, and {why}; lower it")
+        return self
 
 
 class UpdateSection(Section):
@@ -336,6 +385,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _classp_has_room_for_its_sums(self) -> TrainConfig:
+        if self.optimizer.name == "classp" and self.model.dtype != "float32" and not self.model.lora.rank:
+            raise ValueError(
+                f"optimizer.name is classp, whose sums of gradients stop growing in {self.model.dtype}; set "
+                "model.dtype=float32, and model.precision=bfloat16 for passes in 16 bits"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _methods_fit_the_sampling(self) -> TrainConfig:
         for slug, settings in self.methods.items():
             method = build(slug, settings)
@@ -433,7 +491,9 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting '{name}'; {_suggest(item['loc'])}")
         elif name:
-            lines.append(f"setting '{name}': {_reason(item)} (got {item['input']!r})")
+            # a whole section is not shown: the reason names what is wrong in it
+            got = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            lines.append(f"setting '{name}': {_reason(item)}{got}")
         else:
             lines.append(_reason(item))
     return "; ".join(lines)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..core.classp import Classp
 from ..core.rollout import Rollout
 from ..errors import UserError
 from ..methods import Pipeline, build
@@ -246,9 +247,12 @@ def passes_in(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def make_optimizer(model: Any, section: OptimizerSection) -> torch.optim.Optimizer:
-    """AdamW over the weights that are trained."""
+    """`optimizer.name` over the weights that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if section.name == "classp":
+        return Classp(trained, section.lr, weight_decay=section.weight_decay, **section.classp.model_dump())
     return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
+        trained,
         lr=section.lr,
         betas=section.betas,
         eps=section.eps,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.classp import Classp
 from ..core.dynamics import token_covariance
 from ..core.lens import Lens
 from ..core.losses import Surrogate
@@ -80,6 +81,8 @@ class UpdateTotals:
     grad_norms: list[float] = field(default_factory=list)
     weight_sum: float = 0.0
     skipped: int = 0
+    moved: list[float] = field(default_factory=list)
+    """Share of the weights that each minibatch moved, where the optimizer has a gate."""
     terms: TermTotals = field(default_factory=TermTotals)
 
     def over(self, world: World) -> UpdateTotals:
@@ -104,6 +107,7 @@ class UpdateTotals:
             "rows_skipped": 1 - self.live_rows / max(self.rows, 1),
             "weight_mean": self.weight_sum / tokens,
             "skipped_updates": float(self.skipped),
+            **({"moved_share": sum(self.moved) / len(self.moved)} if self.moved else {}),
             **self.terms.metrics(self.minibatches),
         }
 
@@ -249,6 +253,8 @@ class Updater:
             return
         with clock.part("optimizer"):
             self.optimizer.step()
+        if isinstance(self.optimizer, Classp):
+            totals.moved.append(self.optimizer.moved_share())
         self.guard.applied(norm)
         totals.loss += loss
         totals.minibatches += 1

@@ -27,7 +27,7 @@ for _recipe in sorted(packaged_recipes()):
     _config = load_config(_recipe)
     if unsupported(pipeline_of(_config.methods)):
         REFUSED.append(_recipe)
-    elif not hasattr(TASKS[_config.data.task].load_class(), "step"):
+    elif not hasattr(TASKS[_config.data.task].load_class(), "step") and _config.optimizer.name == "adamw":
         CARRIED.append(_recipe)
 
 
@@ -53,6 +53,12 @@ def test_the_others_are_refused_by_the_name_of_the_method(recipe: str, tmp_path:
     assert slug in {"arbitrary_entropy", "empo", "hapo", "lp_reg", "one_shot", "siren", "tp_grpo", "ucas"} | {
         "agentic_aepo", "bupo", "cure", "ettrl", "kappatune", "spear",
     }  # fmt: skip
+
+
+def test_an_optimizer_of_our_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.name classp is of our own loop, and TRL brings AdamW"):
+        export(load_config("classp/tiny"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_environment_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_a_constant_reduction_takes_its_constant_along(tmp_path: Path) -> None:
         (("data.task=countdown", "data.file=null"), "set data.task=math"),
         (("rollout.prompts=10", "update.minibatches=4"), "no multiple of update.minibatches=4"),
         (("optimizer.schedule=linear",), "constant or cosine"),
+        (("optimizer={name: classp}",), "verl brings AdamW"),
     ],
 )
 def test_what_verl_cannot_do_is_refused(overrides: tuple[str, ...], message: str, tmp_path: Path) -> None:

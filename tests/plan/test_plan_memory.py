@@ -251,3 +251,18 @@ def test_prefixes_are_kept_where_responses_grow_from_them() -> None:
         ("methods.cure={}", "rollout.engine=vllm", "update.recompute_old_logprob=true"),
     ):
         assert all(p.name != "remembered prefixes" for p in memory(job(*other)).parts)
+
+
+def test_classp_keeps_one_number_a_weight_and_works_tensor_by_tensor() -> None:
+    n, head = 494_032_768, 151_936 * 896
+    classp = job("optimizer.name=classp")
+    assert part(classp, "CLASSP's history").bytes == dict.fromkeys(PHASES, 4 * n)
+    assert part(classp, "CLASSP's temporaries").bytes == {"optimizer": 9 * head}
+    assert not [p for p in memory(classp).parts if "Adam" in p.name]
+    assert memory(job()).phase("update") - memory(classp).phase("update") == 4 * n
+    half = job("optimizer.name=classp", "parallel.shard=fsdp2", ranks=2)
+    assert part(half, "CLASSP's history").largest == 2 * n
+    adapters = job("optimizer.name=classp", "model.lora.rank=8")
+    assert part(adapters, "CLASSP's history").largest == 4 * adapters.trained
+    assert part(adapters, "CLASSP's temporaries").largest == 9 * 8 * 4864
+    assert memory(job("optimizer.name=classp", "parallel.shard=fsdp2", "parallel.offload=true")).on_host == 12 * n

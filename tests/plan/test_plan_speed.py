@@ -40,6 +40,12 @@ def test_training_is_three_forward_passes_and_four_with_checkpointing() -> None:
     assert seconds(speed(again, EXACT), "forward and backward") == pytest.approx(2 * 4 * forward)
 
 
+def test_the_optimizer_moves_what_it_keeps() -> None:
+    bytes_ = 494_032_768 * 4
+    assert seconds(speed(job(), EXACT), "AdamW") == pytest.approx(2 * 7 * bytes_ / 2039e9)
+    assert seconds(speed(job("optimizer.name=classp"), EXACT), "CLASSP") == pytest.approx(2 * 5 * bytes_ / 2039e9)
+
+
 def test_sampling_one_row_is_bound_by_bandwidth() -> None:
     found = replace(job("rollout.prompts=1", "rollout.group_size=2"), engine="vllm", rows=1, max_tokens=200)
     step = (found.shape.parameters * 4 + 200 * found.shape.kv_bytes(4)) / 2039e9

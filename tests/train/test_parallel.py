@@ -72,6 +72,17 @@ SCENARIOS = {
         "update.micro_batch_rows=4",
     ],
     "adapters": ["parallel.shard=fsdp2", "model.lora.rank=4", "methods.kl_reference={}", "optimizer.lr=1e-3"],
+    # the gate and the history of divided weights; eps above the rounding of a gradient that is nearly 0
+    "classp": [
+        "parallel.shard=fsdp2",
+        "optimizer={name: classp, lr: 2e-3, warmup: 2, grad_clip: 0.3, classp: {eps: 1e-3}}",
+        "update.micro_batch_rows=4",
+    ],
+    "classp released": [
+        "parallel.shard=fsdp2",
+        "optimizer={name: classp, lr: 2e-3, warmup: 2, grad_clip: 0.3, classp: {eps: 1e-3, rule: released}}",
+        "update.micro_batch_rows=4",
+    ],
     # two steps through the lens of layer 1, then three of the whole model
     "layer": [
         "parallel.shard=fsdp2",
