@@ -1,8 +1,9 @@
 """A cart on a rail, pushed towards the middle: the smallest control task for Symphony, with and without swaddling.
 
 State (x, v), action a in (-1, 1), x <- x + v / 10, v <- v + a / 10, both cut to [-2, 2], reward 1 - (x^2 + v^2 / 10)
-of the new state, episodes of 60 steps from a uniform start. The controls are the same run without swaddling, and that
-with twice the noise. All arms share draws. Repetitions and arms run at once: weights have a first axis M of members,
+of the new state, episodes of 60 steps from a uniform start. The controls are the same run without swaddling, that with
+twice the noise, and that with a plain penalty on the squared signal, whose weight gives about the jerk of swaddling on
+the seeds 1 and 2. All arms share draws. Repetitions and arms run at once: weights have a first axis M of members,
 and the loss is a sum over members, so that each has the gradient it would have alone.
 
 From the release: Adam without bias correction (beta .618, .995, decay .01), Polyak .005, three critics of h / 4 atoms,
@@ -37,17 +38,25 @@ LIMIT = 2.0  # of position and speed
 
 @dataclass(frozen=True)
 class Arm:
-    """What one group of members does: weight of swaddling, and a factor of the exploration noise."""
+    """What one group of members does: weight of swaddling, factor of the exploration noise, and weight of a plain
+    penalty on the squared signal (S A)^2, which is no part of the method."""
 
     swaddling: float = 1.0
     loudness: float = 1.0
+    penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.swaddling < math.inf and 0 <= self.loudness < math.inf):
-            raise UserError(f"swaddling and loudness must not be negative, not {self.swaddling}, {self.loudness}")
+        for name in ("swaddling", "loudness", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
-ARMS = {"swaddled": Arm(), "not swaddled": Arm(0.0), "not swaddled, noise x 2": Arm(0.0, 2.0)}
+ARMS = {
+    "swaddled": Arm(),
+    "not swaddled": Arm(0.0),
+    "not swaddled, noise x 2": Arm(0.0, 2.0),
+    "plain penalty 0.001": Arm(0.0, penalty=1e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -147,19 +156,19 @@ class Agent:
         self.targets = [critic.frozen() for critic in self.critics]
         trained = [p for network in (self.actor, *self.critics) for p in network.parameters]
         self.optimizer = ReleasedAdam(trained, task.rate)
-        each = [[arm.swaddling, arm.loudness] for arm in arms]
-        self.swaddling, self.loudness = torch.tensor(each).repeat_interleave(task.runs, 0).unbind(1)
+        each = [[arm.swaddling, arm.loudness, arm.penalty] for arm in arms]
+        self.swaddling, self.loudness, self.penalty = torch.tensor(each).repeat_interleave(task.runs, 0).unbind(1)
         self.base = torch.zeros(len(arms) * task.runs, 1)
 
-    def act(self, state: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions, scales and betas [M, n, 1] for states [M, n, 2]; normal draws of 0 leave the noise out."""
-        action, scale, beta = heads(self.actor(state))
+    def act(self, state: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Actions, signals S A, scales and betas [M, n, 1] for states [M, n, 2]; draws of 0 leave the noise out."""
+        direction, scale, beta = heads(self.actor(state))
         noise = self.loudness[:, None, None] * bounded_noise(normal)
-        return torch.tanh(scale * action + noise), scale, beta
+        return torch.tanh(scale * direction + noise), scale * direction, scale, beta
 
     def learn(self, state: Tensor, action: Tensor, rewards: Tensor, after: Tensor, normal: Tensor) -> None:
         """One joint step of actor and critics on transitions [M, n, ...]."""
-        planned, scale, beta = self.act(after, normal)
+        planned, signal, scale, beta = self.act(after, normal)
         inputs = torch.cat([after, planned], -1)
         value = soft_value(torch.cat([target(inputs) for target in self.targets], -1))
         goal = (rewards + self.task.discount * value.detach())[..., None]
@@ -168,7 +177,8 @@ class Agent:
         gain, base = temporal_advantage(value, self.base)
         own = sum(swaddling_terms(scale, beta), torch.zeros_like(scale)).mean((1, 2))
         loss = -(gain.abs() * torch.tanh(gain / 2)).mean(1) + (errors * torch.tanh(errors / 2)).mean((1, 2))
-        self.optimizer.step((loss + self.swaddling * own).sum())
+        weak = self.swaddling * own + self.penalty * signal.square().mean((1, 2))
+        self.optimizer.step((loss + weak).sum())
         self.base = base.mean(1, keepdim=True)
         with torch.no_grad():
             for target, critic in zip(self.targets, self.critics, strict=True):
@@ -233,7 +243,7 @@ def _evaluate(agent: Agent, members: int, generator: torch.Generator) -> list[Te
     state = torch.cat([torch.tensor([[[0.5, 0.0]]]), _starts(32, generator)]).transpose(0, 1).repeat(members, 1, 1)
     actions, scales, rewards = [], [], []
     for _ in range(HORIZON):
-        action, scale, _ = agent.act(state, torch.zeros(members, 33, 1))
+        action, _, scale, _ = agent.act(state, torch.zeros(members, 33, 1))
         state = advance(state, action)
         actions.append(action[..., 0])
         scales.append(scale[..., 0])

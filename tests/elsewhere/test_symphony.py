@@ -159,6 +159,7 @@ def test_a_stronger_signal_costs_entropy_and_the_quadrature_agrees_with_draws() 
         (lambda: sy.temporal_advantage(t(1.0), t(1.0), floor=-1.0), "floor"),
         (lambda: sy.squashed_entropy_change(t(math.nan)), "signal"),
         (lambda: demo.Arm(-1.0), "swaddling"),
+        (lambda: demo.Arm(penalty=math.nan), "penalty"),
         (lambda: demo.Task(runs=0), "runs"),
         (lambda: demo.Task(steps=10), "warm_up"),
         (lambda: demo.Task(width=30), "width"),
