@@ -327,6 +327,8 @@ class TransformersEngine:
         mask = pad([[1] * len(p) for p in prompts], 0, torch.long, left=True).to(device)
         mask = mask if before is None else torch.cat([before, mask], 1)
         logits = self._forward(ids, mask, cache)
+        if bool((counts == 1).all()):
+            return logits, cache, mask
         repeat = torch.arange(len(prompts), device=device).repeat_interleave(counts)
         cache.batch_select_indices(repeat)
         return logits[repeat], cache, mask[repeat]

@@ -49,7 +49,9 @@ class Memory:
         do not fit any more, or where a sliding window has forgotten their beginnings."""
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             return
-        layers = [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
+        # a batch that leaves whole is not copied: nothing writes into tensors of a cache, it only makes longer ones
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        layers = [(k, v) if len(rows) == len(k) else (k[rows], v[rows]) for k, v in pairs]
         size = sum(keys.nbytes + values.nbytes for keys, values in layers)
         if self.bytes + size > self.most_bytes:
             return
@@ -78,11 +80,12 @@ class Memory:
         lengths = torch.tensor([place.length for place in places], device=device)
         mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
         parts = [self._part(number, places, longest) for number in sorted({place.block for place in places})]
-        back = torch.tensor([i for to, _, _, _ in parts for i in to], device=device).argsort()
         made = DynamicCache(config=config)
         for number in range(len(self.blocks[0].layers)):
-            found = [_taken(block.layers[number], rows, columns) for _, block, rows, columns in parts]
-            keys, values = (torch.cat([pair[which] for pair in found])[back] for which in (0, 1))
+            keys, values = (
+                _taken([(block.layers[number][which], to, rows, columns) for to, block, rows, columns in parts])
+                for which in (0, 1)
+            )
             made.update(keys, values, number)
         return made, mask
 
@@ -99,10 +102,15 @@ class Memory:
         return to, block, rows, order.gather(1, wanted)
 
 
-def _taken(layer: tuple[Tensor, Tensor], rows: Tensor, columns: Tensor) -> list[Tensor]:
-    """Keys and values [n, H, longest, D] of rows of [N, H, W, D]."""
-    index = columns[:, None, :, None]
-    return [own[rows].gather(2, index.expand(-1, own.shape[1], -1, own.shape[3])) for own in layer]
+def _taken(parts: Sequence[tuple[Tensor, list[int], Tensor, Tensor]]) -> Tensor:
+    """Keys or values [B, H, longest, D] out of blocks [N, H, W, D], of each the places in B, its rows and columns."""
+    found = [own.transpose(1, 2)[rows[:, None], columns] for own, _, rows, columns in parts]
+    if len(found) == 1:
+        return found[0].transpose(1, 2)
+    whole = found[0].new_empty(sum(map(len, found)), *found[0].shape[1:])
+    for one, (_, to, _, _) in zip(found, parts, strict=True):
+        whole[to] = one
+    return whole.transpose(1, 2)
 
 
 def _codes(ids: Sequence[int]) -> list[int]:

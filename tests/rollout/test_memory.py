@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from rlvr_lab.core.paths import Path, to_rollout
 from rlvr_lab.core.rollout import Rollout
@@ -76,3 +79,40 @@ def test_a_context_is_found_by_its_longest_known_beginning() -> None:
     assert memory.find([1, 2, 3, 4]) == (0, 0, 3)  # the last token is read in any case
     assert memory.find([1, 2, 9, 9, 9]) == (0, 1, 3)
     assert memory.find([7, 2, 3]) is None
+
+
+def test_a_batch_that_leaves_whole_is_not_copied_and_a_part_of_one_is() -> None:
+    class Layer:
+        keys, values = torch.rand(3, 2, 4, 5), torch.rand(3, 2, 4, 5)
+
+    class Cache:
+        layers = (Layer(),)
+
+    memory = Memory()
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    memory.keep([[1, 2, 3, 4], [1, 2, 9, 9], [5, 6, 7, 8]], Cache(), mask, torch.arange(3))
+    assert memory.blocks[0].layers[0][0] is Layer.keys
+    memory.keep([[4, 4, 4, 4]], Cache(), mask[:1], torch.tensor([2]))
+    assert memory.blocks[1].layers[0][0].shape == (1, 2, 4, 5)
+    assert memory.blocks[1].layers[0][0].data_ptr() != Layer.keys.data_ptr()
+
+
+def test_what_is_found_has_the_keys_of_its_tokens_whatever_blocks_hold_them() -> None:
+    """Keys that name their token: contexts of two blocks and two lengths, in an order that mixes the blocks."""
+
+    def block(contexts: list[list[int]]) -> tuple[Any, torch.Tensor]:
+        keys = torch.tensor(contexts, dtype=torch.float32)[:, None, :, None].expand(-1, 2, -1, 3).clone()
+        layer = SimpleNamespace(keys=keys, values=-keys)
+        return SimpleNamespace(layers=(layer, layer)), torch.ones(len(contexts), len(contexts[0]), dtype=torch.bool)
+
+    memory = Memory()
+    for contexts in ([[1, 2, 3, 4], [1, 2, 9, 8]], [[5, 6, 7, 8]]):
+        cache, mask = block(contexts)
+        memory.keep(contexts, cache, mask, torch.arange(len(contexts)))
+    starts = [[1, 2, 9, 0], [5, 6, 7, 8, 0], [1, 2, 3, 4, 0]]
+    found, mask = memory.cache([place for s in starts if (place := memory.find(s))], LlamaConfig(num_hidden_layers=2))
+    for row, start in enumerate(starts):
+        kept = mask[row].bool()
+        for layer in found.layers:
+            assert layer.keys[row, 1, kept, 2].tolist() == start[:-1]
+            assert layer.values[row, 0, kept, 0].tolist() == [-token for token in start[:-1]]
