@@ -164,8 +164,9 @@ def temporal_advantage(value: Tensor, previous: Tensor, floor: float = 1e-3) -> 
 def squashed_entropy_change(signal: Tensor, nodes: int = 2001) -> Tensor:
     """Entropy that tanh takes from the noise, E log(1 - tanh(signal + N)^2), nats per dimension, of any shape.
 
-    The noise has the same entropy for every signal, so this is what a stronger signal costs. At most 0. By quadrature
-    of the normal density over the clipped range, with the two masses of the clip at -1 and 1.
+    The noise is the same for every signal, so this is what a stronger signal costs. At most 0. By quadrature of the
+    normal density over the clipped range, with the two masses of the clip at -1 and 1; because of these the entropies
+    before and after are not defined as those of densities, while their difference is.
     """
     x = torch.linspace(-math.e, math.e, nodes, dtype=torch.float64)
     density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)

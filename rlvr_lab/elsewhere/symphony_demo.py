@@ -2,9 +2,9 @@
 
 State (x, v), action a in (-1, 1), x <- x + v / 10, v <- v + a / 10, both cut to [-2, 2], reward 1 - (x^2 + v^2 / 10)
 of the new state, episodes of 60 steps from a uniform start. The controls are the same run without swaddling, that with
-twice the noise, and that with a plain penalty on the squared signal, whose weight gives about the jerk of swaddling on
-the seeds 1 and 2. All arms share draws. Repetitions and arms run at once: weights have a first axis M of members,
-and the loss is a sum over members, so that each has the gradient it would have alone.
+twice the noise, and that with a plain penalty on the squared signal, whose weight was chosen to give about the jerk
+of swaddling on the seeds 0 to 2. All arms share draws. Repetitions and arms run at once: weights have a first axis M of
+members, and the loss is a sum over members, so that each has the gradient it would have alone.
 
 From the release: Adam without bias correction (beta .618, .995, decay .01), Polyak .005, three critics of h / 4 atoms,
 a batch of as many transitions as there are atoms. Its network has layer normalisation and a gated sine; here it is two
