@@ -48,11 +48,16 @@ class GradeSettings:
 
 @dataclass(frozen=True)
 class Reached:
-    """What one arm reached: rank correlation, accuracy one key apart, and its last degree loss (nats)."""
+    """What one arm reached: rank correlation, accuracy one key apart, and the degree loss (nats).
+
+    `degree` is that of the copies it trained on, in the last step, `fresh` that of held-out responses: ln D minus it is
+    a lower bound of what the hidden state knows about the degree, where `degree` may be learned by heart.
+    """
 
     spearman: float
     accuracy: float
     degree: float
+    fresh: float
 
 
 def keys_of(prompt: int) -> frozenset[int]:
@@ -139,15 +144,28 @@ def pretrained(settings: GradeSettings, seed: int) -> Model:
     return model
 
 
+def _degree_losses(model: Model, copies: tuple[Tensor, Tensor]) -> Tensor:
+    """Degree loss of each response [B] from padded copies and their mask."""
+    ids, mask = copies
+    hidden = model(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2])
+    return degree_loss(pool_hidden(hidden, mask), model.degree.weight, model.degree.bias)
+
+
+def _shuffled(copies: tuple[Tensor, Tensor], draw: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The copies of each response in random order: their place no longer says what was removed."""
+    n, degrees, _ = copies[0].shape
+    order = torch.from_numpy(draw.permuted(np.tile(np.arange(degrees), (n, 1)), axis=1))[..., None]
+    return copies[0].gather(1, order.expand_as(copies[0])), copies[1].gather(1, order.expand_as(copies[1]))
+
+
 def tune(start: Model, settings: GradeSettings, gamma: float, seed: int, shuffled: bool = False) -> Reached:
     """DPO with gamma times the degree loss, all pairs in each step; then the held-out measures."""
     draw = np.random.default_rng([seed, 1])  # the same pairs and held-out responses for every gamma
     better, worse = _pairs(settings.pairs, draw)
     held_out = _draws(settings.held_out, draw), _pairs(settings.held_out, draw, apart=1)
-    ids, mask, content = _copies(better, settings.degrees, draw)
-    if shuffled:
-        order = torch.from_numpy(draw.permuted(np.tile(np.arange(settings.degrees), (len(ids), 1)), axis=1))
-        ids, mask = (x.gather(1, order[..., None].expand_as(x)) for x in (ids, mask))
+    *copies, content = _copies(better, settings.degrees, draw)
+    *fresh, _ = _copies(_pairs(settings.held_out, draw)[0], settings.degrees, draw)
+    grades, unseen = ((c[0], c[1]) if not shuffled else _shuffled((c[0], c[1]), draw) for c in (copies, fresh))
     model = copy.deepcopy(start)
     with torch.no_grad():
         ref = start.logprob(better), start.logprob(worse)
@@ -155,12 +173,15 @@ def tune(start: Model, settings: GradeSettings, gamma: float, seed: int, shuffle
     for _ in range(settings.steps):
         optimizer.zero_grad()
         pair = dpo_loss(model.logprob(better), model.logprob(worse), *ref, beta=settings.beta)
-        hidden = model(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2])
-        degree = degree_loss(pool_hidden(hidden, mask), model.degree.weight, model.degree.bias)
+        degree = _degree_losses(model, grades)
         spo_loss(pair, degree, content, gamma).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    last = float(degree.detach()[content].mean()) if bool(content.any()) else float("nan")
-    return Reached(*_measured(model, start, settings.beta, *held_out), degree=last)
+    with torch.no_grad():
+        unseen_loss = float(_degree_losses(model, unseen).mean())
+    # the better response of a pair has a key at least, so that every one has content
+    return Reached(
+        *_measured(model, start, settings.beta, *held_out), degree=float(degree.detach().mean()), fresh=unseen_loss
+    )
 
 
 @torch.no_grad()
