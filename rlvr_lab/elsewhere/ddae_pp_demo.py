@@ -25,13 +25,13 @@ class Settings:
     patch: int = 3
     template: int = 5
     classes: int = 8
-    images: int = 3000
-    held_out: int = 1500
+    images: int = 2000
+    held_out: int = 1000
     noise: float = 0.2
     width: int = 32
     layers: int = 4
     after: int = 2
-    steps: int = 400
+    steps: int = 350
     batch: int = 64
     learning_rate: float = 3e-3
     probe_time: float = 0.15
