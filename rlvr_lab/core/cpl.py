@@ -21,7 +21,7 @@ With the reward of a verifier as rating, that is every correct response against 
 Where the released code departs: gamma is 1, without a setting; equal ratings make a pair in the order of a sort
 (`ties="as_sorted"`); a pair whose loss is exactly 0 in floating point leaves the average (`drop_zero=True`); and the
 log-probability of a normal head of unit variance lacks the factor 1/2 and the constant (`gaussian_logprob`), so that
-its alpha is twice that of the formula above.
+an alpha there acts like 2 alpha in the formula above.
 """
 
 from __future__ import annotations
