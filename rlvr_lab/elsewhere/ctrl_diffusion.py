@@ -35,6 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from ..errors import UserError
+from ._checks import positive
 from .maxent_statmech import entropy, kl
 
 Array = NDArray[np.float64]
@@ -47,12 +48,6 @@ def _stochastic(name: str, values: ArrayLike, ndim: int) -> Array:
     if (p < 0).any() or np.abs(p.sum(-1) - 1).max() > 1e-6:
         raise UserError(f"{name} must hold probabilities that sum to 1 along the last axis")
     return p
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} must be a positive number, not {value}")
 
 
 # The pre-trained sampler
@@ -108,7 +103,7 @@ def soft_control(
 
     A kernel's row that leads to forbidden states only is kept as it was: the tilted sampler never gets there.
     """
-    _positive(alpha=alpha, gamma=gamma)
+    positive(alpha=alpha, gamma=gamma)
     start = _stochastic("initial", initial, 1)
     steps = [_stochastic("kernels", kernel, 2) for kernel in kernels]
     value = np.asarray(reward, dtype=float) * (gamma / alpha)
@@ -144,7 +139,7 @@ def objective(
     gamma: float = 1.0,
 ) -> float:
     """What is maximised, for any policy given as (initial law, kernels); at the optimum alpha ln Z."""
-    _positive(alpha=alpha, gamma=gamma)
+    positive(alpha=alpha, gamma=gamma)
     if len(policy[1]) != len(pretrained[1]):
         raise UserError(f"policy must have the {len(pretrained[1])} kernels of the other, not {len(policy[1])}")
     law, base = _stochastic("policy", policy[0], 1), _stochastic("pretrained", pretrained[0], 1)
@@ -185,7 +180,7 @@ def gaussian_step_kl(mean: ArrayLike, base: ArrayLike, sigma: float, average: bo
 
 def released_alpha(w_kl: float, w_reward: float, dimensions: int) -> float:
     """The alpha of the formulas that the released weights stand for, with gamma = 1."""
-    _positive(w_kl=w_kl, w_reward=w_reward, dimensions=dimensions)
+    positive(w_kl=w_kl, w_reward=w_reward, dimensions=dimensions)
     return w_kl / dimensions / w_reward
 
 
@@ -206,7 +201,7 @@ class Line:
 
     def data(self) -> Array:
         """p(x_0) [points]."""
-        _positive(points=self.points, width=self.width)
+        positive(points=self.points, width=self.width)
         x = np.arange(self.points)
         p = sum(weight * np.exp(-((x - centre) ** 2) / (2 * self.width**2)) for centre, weight in self.bumps)
         law: Array = np.asarray(p / np.sum(p), dtype=float)
@@ -214,7 +209,7 @@ class Line:
 
     def noising(self) -> Array:
         """A walk by up to `reach` points to either side, all equally likely, held at the ends [points, points]."""
-        _positive(points=self.points, reach=self.reach)
+        positive(points=self.points, reach=self.reach)
         walk = np.zeros((self.points, self.points))
         for jump in range(-self.reach, self.reach + 1):
             goal = np.clip(np.arange(self.points) + jump, 0, self.points - 1)
@@ -223,7 +218,7 @@ class Line:
 
     def label(self) -> Array:
         """p(y = 1 | x) [points], a logistic step at `edge`."""
-        _positive(slope=self.slope)
+        positive(slope=self.slope)
         logistic: Array = 1 / (1 + np.exp(-self.slope * (np.arange(self.points) - self.edge)))
         return logistic
 

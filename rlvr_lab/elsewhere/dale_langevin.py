@@ -30,15 +30,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._checks import positive
 
 Rule = Literal["sign_kept", "ambient", "no_ito"]
 RULES: tuple[str, ...] = get_args(Rule)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} must be a positive number, not {value}")
 
 
 def _positive_tensor(name: str, x: Tensor) -> None:
@@ -56,14 +51,14 @@ def _finite(name: str, x: Tensor, like: Tensor) -> None:
 
 def exponentiated_gradient(w: Tensor, gradient: Tensor, eta: float) -> Tensor:
     """One unnormalised step w exp(-eta g), any shape. No entry changes sign; a zero stays zero."""
-    _positive(eta=eta)
+    positive(eta=eta)
     _finite("gradient", gradient, w)
     return w * torch.exp(-eta * gradient)
 
 
 def exponentiated_gradient_simplex(p: Tensor, gradient: Tensor, eta: float) -> Tensor:
     """One step on the simplex (last axis): p exp(-eta g) / Z. With g = -A it adds eta A to the logits of a policy."""
-    _positive(eta=eta)
+    positive(eta=eta)
     _finite("gradient", gradient, p)
     if bool((p < 0).any()) or not torch.allclose(p.sum(-1), torch.ones_like(p.sum(-1)), atol=1e-6):
         raise UserError("p must hold probabilities that sum to 1 along its last axis")
@@ -82,7 +77,7 @@ def bregman_kl(v: Tensor, w: Tensor) -> Tensor:
 
 def forward_sample(x0: Tensor, eps: Tensor, sigma: float, t: float) -> Tensor:
     """X_t = X_0 exp(sigma sqrt(t) eps), any shape: the logarithm walks without drift."""
-    _positive(sigma=sigma, t=t)
+    positive(sigma=sigma, t=t)
     _positive_tensor("x0", x0)
     _finite("eps", eps, x0)
     return x0 * torch.exp(sigma * math.sqrt(t) * eps)
@@ -90,7 +85,7 @@ def forward_sample(x0: Tensor, eps: Tensor, sigma: float, t: float) -> Tensor:
 
 def mdsm_target(eps: Tensor, sigma: float, t: float) -> Tensor:
     """What h_theta(X_t, t) regresses on: -eps / (sigma sqrt(t)) - 1."""
-    _positive(sigma=sigma, t=t)
+    positive(sigma=sigma, t=t)
     return -eps / (sigma * math.sqrt(t)) - 1.0
 
 
@@ -108,7 +103,7 @@ def explicit_loss(h: Tensor, x_dh_dx: Tensor) -> Tensor:
 
 def reverse_step(x: Tensor, h: Tensor, z: Tensor, sigma: float, dt: float, rule: Rule = "sign_kept") -> Tensor:
     """One step towards the data, x [...] with h = h_t(x) and standard normal z. See the module for the three rules."""
-    _positive(sigma=sigma, dt=dt)
+    positive(sigma=sigma, dt=dt)
     _finite("h", h, x)
     _finite("z", z, x)
     noise = sigma * math.sqrt(dt) * z
@@ -137,7 +132,7 @@ class Mixture:
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n positive points [n, D]."""
-        _positive(n=n, log_sd=self.log_sd)
+        positive(n=n, log_sd=self.log_sd)
         mu = self.means()
         which = torch.randint(len(mu), (n,), generator=generator)
         noise = torch.randn(n, mu.shape[1], generator=generator, dtype=torch.float64)
@@ -145,7 +140,7 @@ class Mixture:
 
     def score(self, x: Tensor, sigma: float, t: float) -> Tensor:
         """The exact h_t(x) [n, D] after time t >= 0, from the normal mixture that ln x follows."""
-        _positive(sigma=sigma)
+        positive(sigma=sigma)
         if not t >= 0:
             raise UserError(f"t must not be negative, and is {t}")
         _positive_tensor("x", x)
@@ -190,7 +185,7 @@ def draw(settings: Settings, rule: Rule, steps: int) -> Drawn:
     A coordinate that turned negative keeps its sign for the step and lends its size to the score, which is undefined
     there.
     """
-    _positive(steps=steps)
+    positive(steps=steps)
     generator = torch.Generator().manual_seed(settings.seed)
     x = settings.mixture.broad(settings.samples, settings.sigma, settings.horizon, generator)
     dt, crossed = settings.horizon / steps, torch.zeros(len(x), dtype=torch.bool)
@@ -206,7 +201,7 @@ def sliced_w1(a: Tensor, b: Tensor, directions: int, generator: torch.Generator)
     """Mean over random directions of the Wasserstein-1 distance between two point sets [n, D] of equal size."""
     if a.shape != b.shape or a.dim() != 2 or not len(a):
         raise UserError(f"a and b must be point sets of one shape [n, D], not {tuple(a.shape)} and {tuple(b.shape)}")
-    _positive(directions=directions)
+    positive(directions=directions)
     u = torch.randn(a.shape[1], directions, generator=generator, dtype=a.dtype)
     u = u / u.norm(dim=0)
     return float(((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean())
@@ -227,7 +222,7 @@ def data_floor(settings: Settings) -> float:
 
 def random_steps(n: int, steps: int, eta: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Weights [n] after `steps` standard normal gradients from w = 1: by EG, and by gradient descent."""
-    _positive(n=n, steps=steps, eta=eta)
+    positive(n=n, steps=steps, eta=eta)
     eg = gd = torch.ones(n, dtype=torch.float64)
     for _ in range(steps):
         g = torch.randn(n, generator=generator, dtype=torch.float64)

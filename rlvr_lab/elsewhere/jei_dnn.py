@@ -42,17 +42,11 @@ from torch.nn import functional
 
 from ..core.entropy import softmax_entropy
 from ..errors import UserError
+from ._checks import finite
 
 Ratio = Literal["detached", "released", "none", "unscaled"]
 MEASURES = ("largest probability", "entropy", "margin", "entropy of squares")
 """The four gate inputs in their order."""
-
-
-def _finite(name: str, value: Tensor, ndim: int) -> None:
-    if value.ndim != ndim or not value.numel():
-        raise UserError(f"{name} must have {ndim} axes and at least one entry; got shape {tuple(value.shape)}")
-    if not bool(torch.isfinite(value).all()):
-        raise UserError(f"{name} must be finite: it holds nan or infinity")
 
 
 def gate_inputs(logits: Tensor) -> Tensor:
@@ -63,7 +57,7 @@ def gate_inputs(logits: Tensor) -> Tensor:
     """
     if logits.ndim < 1 or logits.shape[-1] < 2:
         raise UserError(f"logits must have at least two classes on the last axis; got shape {tuple(logits.shape)}")
-    _finite("logits", logits, logits.ndim)
+    finite("logits", logits)
     values = logits.detach()
     top = values.softmax(-1).topk(2, dim=-1).values
     measures = (top[..., 0], softmax_entropy(values), top[..., 0] - top[..., 1], softmax_entropy(2 * values))
@@ -72,7 +66,7 @@ def gate_inputs(logits: Tensor) -> Tensor:
 
 def exit_probabilities(gate_logits: Tensor) -> Tensor:
     """P_l `[B, L]` for the exits before the last; the last one gets 1 - sum_l P_l, which is never negative."""
-    _finite("gate_logits", gate_logits, 2)
+    finite("gate_logits", gate_logits, 2)
     gates = gate_logits.sigmoid()
     before = gates.cumsum(1) - gates
     return torch.minimum(gates, 1 - before).clamp_min(0)
@@ -87,7 +81,7 @@ def conditional_probabilities(p_exit: Tensor) -> Tensor:
 
 
 def _probabilities(p_exit: Tensor) -> None:
-    _finite("p_exit", p_exit, 2)
+    finite("p_exit", p_exit, 2)
     if bool((p_exit < 0).any()) or bool((p_exit.sum(1) > 1 + 1e-5).any()):
         raise UserError("p_exit must hold probabilities: none negative, and at most 1 in total for each sample")
 
@@ -103,7 +97,7 @@ def threshold_exit(certainty: Tensor, threshold: float) -> Tensor:
 
     For a threshold on entropy give minus the entropy, and minus the threshold.
     """
-    _finite("certainty", certainty, 2)
+    finite("certainty", certainty, 2)
     leaves = certainty >= threshold
     return torch.where(leaves.any(1), leaves.int().argmax(1), certainty.shape[1])
 
@@ -117,7 +111,7 @@ def exit_costs(exits: int) -> Tensor:
 
 def cheapest_exit(ce: Tensor, cost: Tensor, trade: float) -> Tensor:
     """l* `[B]` = argmin_l CE_l + trade c_l, `trade` being lambda; the earliest of equals. Needs the labels, by CE."""
-    _finite("ce", ce, 2)
+    finite("ce", ce, 2)
     if cost.shape != ce.shape[1:] or bool((cost < 0).any()):
         raise UserError(f"cost must hold one non-negative number for each of {ce.shape[1]} exits")
     if not 0 <= trade < float("inf"):
@@ -137,7 +131,7 @@ def gate_targets(best: Tensor, exits: int) -> Tensor:
 
 def balance(targets: Tensor) -> Tensor:
     """Weight of a positive target for each gate `[L]`: zeros over ones, 1 where a gate has only one of the two."""
-    _finite("targets", targets, 2)
+    finite("targets", targets, 2)
     ones = targets.sum(0)
     zeros = len(targets) - ones
     return torch.where((ones > 0) & (zeros > 0), zeros / ones.clamp_min(1), 1.0)
@@ -145,7 +139,7 @@ def balance(targets: Tensor) -> Tensor:
 
 def gate_loss(gate_logits: Tensor, targets: Tensor, positive: Tensor | Sequence[float] | None = None) -> Tensor:
     """Mean binary cross-entropy (nats) of the gates over samples and gates; `positive` `[L]` weighs targets of 1."""
-    _finite("gate_logits", gate_logits, 2)
+    finite("gate_logits", gate_logits, 2)
     if targets.shape != gate_logits.shape:
         raise UserError(f"targets must have the shape of gate_logits, {tuple(gate_logits.shape)}")
     weight = None if positive is None else torch.as_tensor(positive, dtype=gate_logits.dtype)
@@ -161,7 +155,7 @@ def classifier_loss(ce: Tensor, p_exit: Tensor, ratio: Ratio = "detached") -> Te
     the ratio, which cancels P; `none` is the plain mean, equal to `released` in value and gradient; `unscaled` is the
     control that keeps P and leaves the ratio out, so that a sample's weights sum to at most 1 instead.
     """
-    _finite("ce", ce, 2)
+    finite("ce", ce, 2)
     _probabilities(p_exit)
     if ce.shape != p_exit.shape:
         raise UserError(f"p_exit must have the shape of ce, {tuple(ce.shape)}; got {tuple(p_exit.shape)}")
@@ -178,7 +172,7 @@ def classifier_loss(ce: Tensor, p_exit: Tensor, ratio: Ratio = "detached") -> Te
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Expected calibration error in [0, 1]: mean over samples of |accuracy - confidence| of equal-width bins."""
-    _finite("confidence", confidence, 1)
+    finite("confidence", confidence, 1)
     if correct.shape != confidence.shape or bool(((confidence < 0) | (confidence > 1)).any()) or bins < 1:
         raise UserError("confidence must lie in [0, 1], correct must have its shape, and bins must be at least 1")
     place = (confidence * bins).long().clamp_max(bins - 1)

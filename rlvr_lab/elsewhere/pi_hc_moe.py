@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._checks import finite
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,10 @@ class Constrained:
     """[experts]: of the PDE rows alone, over an expert's own points."""
 
 
-def _finite(name: str, value: Tensor, dimensions: int) -> None:
-    if value.ndim != dimensions or not value.numel():
-        raise UserError(f"{name} must have {dimensions} dimension(s) and not be empty, not shape {tuple(value.shape)}")
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{name} must not hold nan or infinity")
-
-
 def relative_rows(basis: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Rows f / u0 [n, N] and targets 1 [n] of (f w - u0) / u0; refuses a value of 0."""
-    _finite("basis", basis, 2)
-    _finite("values", values, 1)
+    finite("basis", basis, 2)
+    finite("values", values, 1)
     if len(basis) != len(values):
         raise UserError(f"basis and values must have one row for each point: {len(basis)}, {len(values)}")
     if bool(values.eq(0).any()):
@@ -67,10 +61,10 @@ def constraint_rows(
         raise UserError(f"ridge must be 0 or positive, not {ridge}")
     width = residual_rows.shape[-1]
     for name, rows in (("residual_rows", residual_rows), ("shared_rows", shared_rows)):
-        _finite(name, rows, 2)
+        finite(name, rows, 2)
         if rows.shape[1] != width:
             raise UserError(f"{name} must have {width} columns, one for each basis function, not {rows.shape[1]}")
-    _finite("shared_targets", shared_targets, 1)
+    finite("shared_targets", shared_targets, 1)
     if len(shared_targets) != len(shared_rows):
         raise UserError(f"shared_targets must hold {len(shared_rows)} numbers, one for each row")
     matrix = torch.cat([residual_rows, shared_rows, ridge * torch.eye(width, dtype=residual_rows.dtype)])
@@ -80,7 +74,7 @@ def constraint_rows(
 
 def least_squares(matrix: Tensor, target: Tensor) -> Tensor:
     """argmin |A w - b| [N]; of several the shortest. Differentiable where A has full column rank."""
-    _finite("matrix", matrix, 2)
+    finite("matrix", matrix, 2)
     if target.shape != matrix.shape[:1]:
         raise UserError(f"target must hold {len(matrix)} numbers, not shape {tuple(target.shape)}")
     if matrix.requires_grad or target.requires_grad:
@@ -130,8 +124,8 @@ def gauss_newton_sensitivity(jacobian: Tensor, moved: Tensor) -> Tensor:
 
     Exact for a linear residual; else it leaves out sum r grad^2 r. Refuses a singular J^T J.
     """
-    _finite("jacobian", jacobian, 2)
-    _finite("moved", moved, 2)
+    finite("jacobian", jacobian, 2)
+    finite("moved", moved, 2)
     if len(moved) != jacobian.shape[1]:
         raise UserError(f"moved must have {jacobian.shape[1]} rows, one for each weight, not {len(moved)}")
     if int(torch.linalg.matrix_rank(jacobian)) < jacobian.shape[1]:
