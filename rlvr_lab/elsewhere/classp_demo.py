@@ -3,8 +3,9 @@
 Five Gaussian classes in R^32. The centres of task B are half those of A under other labels, half new ones, so that the
 tasks conflict [inferred: the card says no more than that]. Every arm trains A by plain descent and gathers its history
 meanwhile, as the paper's recipe has it, then B with its own rule at every rate of a sweep. Arms without a gate start B
-from the same weights, and all draws are shared. Controls: descent without history; AdaGrad, the history with p = 2 and
-without a gate; and the released gate of whole tensors, which must equal "no gate" to the bit.
+from the same weights, and all draws are shared. Controls: descent without history; "no gate" with the history of A
+forgotten, which scales the steps of B and remembers nothing; AdaGrad, the history with p = 2 and without a gate; and
+the released gate of whole tensors, which must equal "no gate" to the bit.
 
 Networks of all seeds and rates run at once; a member's gradient does not depend on the others.
 """
@@ -31,11 +32,13 @@ def _sweep(low: float, high: float, count: int = 7) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Arm:
-    """How B is learned: settings of `Classp` for both tasks, whether B divides by the history, rates of B."""
+    """How B is learned: rates of B, settings of `Classp` for both tasks, whether B divides by the history, and whether
+    the history of A is carried over or B starts its own."""
 
     rates: tuple[float, ...]
     settings: Mapping[str, Any]
     scaling: bool = True
+    carried: bool = True
 
 
 ARMS: Mapping[str, Arm] = {
@@ -43,6 +46,7 @@ ARMS: Mapping[str, Arm] = {
     "AdaGrad": Arm(_sweep(0.001, 0.02), {"threshold": 0.0, "power": 2.0}),
     "no gate": Arm(_sweep(0.007, 0.12), {"threshold": 0.0}),
     "theta 1e-4": Arm(_sweep(0.007, 0.12), {"threshold": 1e-4}),
+    "forgotten": Arm(_sweep(0.003, 0.03), {"threshold": 0.0}, carried=False),
 }
 
 
@@ -173,7 +177,8 @@ def _arm(
     second = Classp(groups, scaling=arm.scaling, **arm.settings)
     for own in copies:
         for p, old in zip(own, layers, strict=True):
-            second.state[p]["history"] = first.state[old]["history"].clone()
+            if arm.carried:
+                second.state[p]["history"] = first.state[old]["history"].clone()
     moved = _train(second, copies, b, toy.second_steps, toy, toy.seed + 2)
     kept, learned = (torch.stack([accuracy(own, *test) for own in copies], 1) for test in tests)
     return Curve(arm.rates, before, kept, learned, torch.tensor(moved))

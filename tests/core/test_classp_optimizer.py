@@ -108,6 +108,8 @@ def test_the_released_gate_is_one_for_the_whole_tensor() -> None:
     assert not bool(gate(grad, 1.0, "released"))
     assert not bool(gate(torch.zeros(2), 0.5, "released"))
     assert gate(grad, 0.5).tolist() == [False, False]
+    assert gate(torch.tensor([0.5, 0.0]), 0.25).tolist() == [False, False], "only above the threshold"
+    assert gate(torch.zeros(2), 0.0).tolist() == [False, False], "what has no gradient does not move"
     start, *grads = draws(5, 6)
     one, other = (walk(start, grads, threshold=t, rule=rule)[0] for t, rule in ((0.9, "released"), (0.0, "paper")))
     assert torch.allclose(one, other)

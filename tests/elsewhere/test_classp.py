@@ -118,6 +118,14 @@ def test_history_keeps_more_of_the_first_task_at_equal_second_and_the_released_g
     assert seed_interval(kept["no gate"])[0] > seed_interval(kept["descent"])[0] + 0.02
 
 
+def test_the_history_of_the_first_task_is_what_the_control_forgets() -> None:
+    """One step without a history is alpha in every weight whatever its gradient is."""
+    arms = {name: replace(ARMS[name], rates=(0.1,)) for name in ("no gate", "forgotten")}
+    found = run(replace(SMALL, second_steps=1, arms=arms))
+    assert torch.equal(found["no gate"].first, found["forgotten"].first)
+    assert float(found["no gate"].kept.mean()) > float(found["forgotten"].kept.mean()) + 0.2
+
+
 def test_a_seed_says_everything_and_the_gate_leaves_most_weights_alone() -> None:
     arms = {f"theta {t:g}": Arm((0.01, 0.03), {"threshold": t}) for t in (0.0, 1e-3)}
     toy = replace(SMALL, runs=2, first_steps=60, second_steps=40, arms=arms)
