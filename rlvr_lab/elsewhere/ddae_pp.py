@@ -27,20 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
-
-
-def _finite(name: str, value: Tensor) -> None:
-    if not value.numel():
-        raise UserError(f"{name} is empty")
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{name} must be finite everywhere")
+from ._checks import finite
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t eps, with one t in [0, 1] for each row."""
     if x.shape != eps.shape:
         raise UserError(f"x {tuple(x.shape)} and eps {tuple(eps.shape)} must have one shape")
-    _finite("t", t)
+    finite("t", t)
     if bool(((t < 0) | (t > 1)).any()):
         raise UserError("t must lie in [0, 1]")
     t = t.view(-1, *[1] * (x.dim() - 1))
@@ -56,7 +50,7 @@ def velocity_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 
 def contrast(student: Tensor, teacher: Tensor, temperature: float = 0.2) -> Tensor:
     """InfoNCE in nats: each student feature [B, d] finds its own teacher feature among the batch; no gradient to it."""
-    _finite("student", student)
+    finite("student", student)
     if student.shape != teacher.shape or student.dim() != 2:
         raise UserError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [batch, d]")
     if not 0 < temperature < math.inf:
@@ -155,7 +149,7 @@ class SelfConditionedDenoiser(nn.Module):
 
 def ridge_probe(train: Tensor, labels: Tensor, test: Tensor, penalty: float = 1.0) -> Tensor:
     """Predicted classes [M] of test features [M, d] by ridge regression on one-hot labels, features standardised."""
-    _finite("train", train)
+    finite("train", train)
     if len(train) != len(labels) or train.shape[1] != test.shape[1]:
         shapes = ", ".join(str(tuple(part.shape)) for part in (train, labels, test))
         raise UserError(f"train, labels and test of shapes {shapes} do not fit each other")

@@ -27,17 +27,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._checks import finite
 
 Aggregation = Literal["mean", "max"]
 NULL_STYLE = -2.0
 """Value of every pixel of the null style image."""
-
-
-def _finite(name: str, value: Tensor) -> None:
-    if not value.numel():
-        raise UserError(f"{name} is empty")
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{name} must be finite everywhere")
 
 
 def _equal_shapes(**values: Tensor) -> None:
@@ -53,7 +47,7 @@ def _probability(name: str, value: float) -> None:
 
 def aggregate(features: Tensor, how: Aggregation = "mean") -> Tensor:
     """Style vector [B, F] of the features [B, n, F] of n images from one source; the order of the images is inert."""
-    _finite("features", features)
+    finite("features", features)
     if features.dim() != 3:
         raise UserError(f"features must be [batch, images, features], got {tuple(features.shape)}")
     if how not in get_args(Aggregation):
@@ -63,7 +57,7 @@ def aggregate(features: Tensor, how: Aggregation = "mean") -> Tensor:
 
 def drop_style(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Style images [B, n, P] with, for a random part of the batch, every pixel set to the null style."""
-    _finite("images", images)
+    finite("images", images)
     _probability("probability", probability)
     dropped = torch.rand(len(images), generator=generator) < probability
     return torch.where(dropped.view(-1, *[1] * (images.dim() - 1)), torch.full_like(images, NULL_STYLE), images)
@@ -71,8 +65,8 @@ def drop_style(images: Tensor, probability: float, generator: torch.Generator) -
 
 def guided(null: Tensor, style: Tensor, scale: float = 1.5) -> Tensor:
     """eps_null + scale (eps_style - eps_null): 0 ignores the style, 1 conditions on it, more exaggerates it."""
-    _finite("null", null)
-    _finite("style", style)
+    finite("null", null)
+    finite("style", style)
     _equal_shapes(null=null, style=style)
     if not 0 <= scale < float("inf"):
         raise UserError(f"scale must be a finite number from 0, got {scale}")
@@ -103,7 +97,7 @@ def noised(x: Tensor, eps: Tensor, share: Tensor) -> Tensor:
 
 
 def _shares(name: str, value: Tensor) -> None:
-    _finite(name, value)
+    finite(name, value)
     if not bool(((value > 0) & (value <= 1)).all()):
         raise UserError(f"{name} must lie above 0 and at most at 1")
 

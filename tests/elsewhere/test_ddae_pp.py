@@ -137,7 +137,7 @@ def test_the_summary_is_used_and_the_loss_hardly_changes() -> None:
         (lambda: dd.velocity_loss(torch.zeros(1), torch.zeros(2), torch.zeros(2)), "one shape"),
         (lambda: dd.contrast(torch.zeros(2, 3), torch.zeros(3, 3)), "must both be"),
         (lambda: dd.contrast(torch.zeros(2, 3), torch.zeros(2, 3), 0.0), "temperature must"),
-        (lambda: dd.contrast(torch.zeros(0, 3), torch.zeros(0, 3)), "student is empty"),
+        (lambda: dd.contrast(torch.zeros(0, 3), torch.zeros(0, 3)), "student must not be empty"),
         (lambda: dd.SelfConditionedDenoiser(9, 4, width=15), "width even"),
         (lambda: dd.SelfConditionedDenoiser(9, 4, layers=4, after=4), "after must"),
         (lambda: dd.ridge_probe(torch.zeros(3, 2), torch.zeros(4).long(), torch.zeros(1, 2)), "do not fit"),

@@ -128,7 +128,7 @@ def test_segmentation_loss_is_zero_for_a_sure_and_right_answer() -> None:
     ("call", "word"),
     [
         (lambda: sed.aggregate(torch.zeros(2, 3)), "features must be"),
-        (lambda: sed.aggregate(torch.zeros(2, 0, 3)), "features is empty"),
+        (lambda: sed.aggregate(torch.zeros(2, 0, 3)), "features must not be empty"),
         (lambda: sed.aggregate(torch.full((1, 1, 1), math.nan)), "features must be finite"),
         (lambda: sed.aggregate(torch.zeros(1, 1, 1), "sum"), "how must"),  # type: ignore[arg-type]
         (lambda: sed.drop_style(torch.zeros(1, 1, 1), 1.5, torch.Generator()), "probability must"),
