@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._networks import logits, stacked_mlp
 from .classp import Classp
 
 CLASSES, DIMENSIONS = 5, 32
@@ -96,23 +96,8 @@ Layers = list[Tensor]
 
 
 def network(runs: int, width: int, generator: torch.Generator) -> Layers:
-    """Weights and biases of an MLP with two hidden layers for every run: [runs, in, out] and [runs, 1, out]."""
-    sizes = (DIMENSIONS, width, width, CLASSES)
-    layers: Layers = []
-    for rows, columns in pairwise(sizes):
-        layers += [
-            torch.randn(runs, rows, columns, generator=generator) * (2 / rows) ** 0.5,
-            torch.zeros(runs, 1, columns),
-        ]
-    return layers
-
-
-def logits(layers: Sequence[Tensor], x: Tensor) -> Tensor:
-    """[members, n, in] -> [members, n, classes]."""
-    for i in range(0, len(layers), 2):
-        x = torch.baddbmm(layers[i + 1], x, layers[i])
-        x = x if i + 2 == len(layers) else torch.relu(x)
-    return x
+    """An MLP with two hidden layers for every run."""
+    return stacked_mlp(runs, (DIMENSIONS, width, width, CLASSES), generator)
 
 
 @dataclass(frozen=True)

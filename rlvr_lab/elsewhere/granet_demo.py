@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._networks import logits, stacked_mlp
 from .granet import density_at, erdos_renyi, global_prune, regenerate, regeneration_rate
 
 INPUTS, CLASSES = 20, 8
@@ -58,22 +59,8 @@ class Toy:
 
 
 def initial(runs: int, width: int, generator: torch.Generator) -> list[Tensor]:
-    """Weights [runs, in, out] and biases [runs, 1, out] by turns."""
-    found: list[Tensor] = []
-    for rows, columns in pairwise((INPUTS, width, width, CLASSES)):
-        found += [
-            torch.randn(runs, rows, columns, generator=generator) * (2 / rows) ** 0.5,
-            torch.zeros(runs, 1, columns),
-        ]
-    return found
-
-
-def logits(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-    """[members, n, in] -> [members, n, classes]."""
-    for i in range(0, len(parameters), 2):
-        x = torch.baddbmm(parameters[i + 1], x, parameters[i])
-        x = x if i + 2 == len(parameters) else torch.relu(x)
-    return x
+    """Weights and biases by turns, of a network with two hidden layers for every run."""
+    return stacked_mlp(runs, (INPUTS, width, width, CLASSES), generator)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from ._entry import Entry
 _STATUS = "tested, a demonstration"
 
 
-def _work(slug: str, title: str, arxiv: str, field: str, chapter: str) -> Entry:
+def _work(slug: str, title: str, arxiv: str, field: str, chapter: str, recipe: str | None = None) -> Entry:
     where = f"8_elsewhere/{chapter}"
-    return Entry(slug, title, arxiv, slug, field, f"elsewhere.{slug}", None, where, None, _STATUS, group="elsewhere")
+    return Entry(slug, title, arxiv, slug, field, f"elsewhere.{slug}", None, where, recipe, _STATUS, group="elsewhere")
 
 
 _ENTRIES = (
@@ -39,7 +39,7 @@ _ENTRIES = (
     _work("ddae_pp", "Self-conditioned diffusion representations (DDAE++)", "2505.10999", "generative models",
           "style_and_self_conditioning"),
     _work("classp", "Adjustment suppression and sparsity promotion (CLASSP)", "2405.09637", "continual learning",
-          "plasticity"),
+          "plasticity", "classp/tiny"),
     _work("granet", "Gradual pruning with zero-cost regeneration (GraNet)", "2106.10404", "sparse training",
           "plasticity"),
     _work("homeostatic_nets", "Homeostatic neural networks", "2205.08645", "concept shift",
