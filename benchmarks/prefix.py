@@ -21,11 +21,13 @@ Every variant runs twice: as it trains by default, with the keys and values of o
 first: `tree` holds both calls; in the other variants the responses that are cut were sampled before, as by a method
 that went through its tree, and what the memory then holds is copied for every measurement.
 
-Each is compared with two things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
-longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts; what is left is the
-prefixes' own cost. CPU time of the process is the measure, because wall time on a shared machine is noise; on a GPU it
-is wall time up to the device's last kernel. Results go to `benchmarks/results/prefix.json`, or `prefix_cuda.json`, with
-machine, versions and date. The aim is 1.2 at most.
+Each is compared with three things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
+longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts, whose contexts are
+shorter. `over_same_places`: the same tokens in the same contexts, without what it takes to read these (`again` minus
+one token from every prefix): plain sampling at these places of a response, so that what is left is the prefixes' own
+cost. CPU time of the process is the measure, because wall time on a shared machine is noise; on a GPU it is wall time
+up to the device's last kernel. Results go to `benchmarks/results/prefix.json`, or `prefix_cuda.json`, with machine,
+versions and date. The aim is 1.2 at most.
 """
 
 from __future__ import annotations
@@ -112,6 +114,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 Work = Callable[[torch.Generator], list[Piece]]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What is measured, work of the same shape without prefixes, and reading its prefixes for one token each."""
+
+    work: Work
+    shape: Work
+    read: Work | None = None
+
+
 def roots_of(case: Case) -> list[ResponsePath]:
     """An empty path for every response."""
     return [ResponsePath(i, i, i, j, prompt) for i, prompt in enumerate(case.prompts) for j in range(case.group)]
@@ -134,16 +145,20 @@ def generator(case: Case, seed: int) -> torch.Generator:
     return torch.Generator(case.policy.device).manual_seed(seed)
 
 
-def variants(case: Case, engine: TransformersEngine) -> dict[str, tuple[Work, Work]]:
-    """Every variant, and work of the same shape without prefixes."""
+def variants(case: Case, engine: TransformersEngine) -> dict[str, Variant]:
+    """Every variant by name."""
     most, width = case.sampling.max_tokens, len(case.prompts[0])
 
     def grown(starts: Sequence[Start], source: torch.Generator, *stops: str) -> list[Piece]:
         return engine.extend(starts, case.sampling, source, stops=stops)
 
-    def both(starts: Sequence[Start], *stops: str) -> tuple[Work, Work]:
-        short = bare(starts, width)
-        return (lambda source: grown(starts, source, *stops)), (lambda source: grown(short, source))
+    def both(starts: Sequence[Start], *stops: str) -> Variant:
+        short, first = bare(starts, width), [replace(start, max_tokens=1) for start in starts]
+        return Variant(
+            lambda source: grown(starts, source, *stops),
+            lambda source: grown(short, source),
+            lambda source: grown(first, source),
+        )
 
     roots = roots_of(case)
     empty = [path.start(most) for path in roots]
@@ -161,7 +176,7 @@ def variants(case: Case, engine: TransformersEngine) -> dict[str, tuple[Work, Wo
     found = {"empty": both(empty)}
     found |= {name: both(cut(roots, lambda share=share: share, most)) for name, share in CUTS.items()}  # type: ignore[misc]
     found["ragged"] = both(cut(roots, random.Random(4).random, most))
-    found["tree"] = tree, lambda source: tree(source, True)
+    found["tree"] = Variant(tree, lambda source: tree(source, True))
     found["stops"] = both(empty, case.stop)
     return found
 
@@ -198,6 +213,18 @@ def per_token(case: Case, engine: TransformersEngine, work: Work, memory: Memory
     return seconds / sum(len(piece.ids) for piece in pieces)
 
 
+def same_places(case: Case, engine: TransformersEngine, work: Work, read: Work, memory: Memory) -> float:
+    """Cost of the work with what the memory holds, over its cost without, less that of reading the prefixes."""
+
+    def seconds(what: Work, held: Memory | None = None) -> float:
+        engine.memory = held
+        found = cost(case.policy.device, lambda: what(generator(case, 2)))[0]
+        engine.memory = None
+        return found
+
+    return seconds(work, memory) / (seconds(work) - seconds(read))
+
+
 def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, Any]:
     """One variant against plain sampling and against its own shape."""
     torch.set_num_threads(1)
@@ -212,8 +239,9 @@ def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, An
         return seconds / int(rollout.sampled.sum())
 
     with engine.remembering():
-        work, shape = variants(case, engine)[variant]
+        measured_one = variants(case, engine)[variant]
         roots = known(engine)
+    work, shape, read = measured_one.work, measured_one.shape, measured_one.read
     memory = Memory if variant == "tree" else roots
     rows = [
         (
@@ -224,6 +252,7 @@ def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, An
         )
         for _ in range(repeats + 1)
     ][1:]
+    places = [same_places(case, engine, work, read, memory()) for _ in range(repeats + 1)][1:] if read else []
     found = {
         way: {
             "over_plain": spread([row[place] / row[2] for row in rows]),
@@ -231,6 +260,8 @@ def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, An
         }
         for place, way in enumerate(("kept", "again"))
     }
+    if places:
+        found["kept"]["over_same_places"] = spread(places)
     print(name, variant, {(w, k): round(v["median"], 2) for w, o in found.items() for k, v in o.items()}, flush=True)
     about = {
         "parameters": sum(p.numel() for p in case.policy.model.parameters()),

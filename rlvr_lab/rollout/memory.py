@@ -86,7 +86,8 @@ class Memory:
                 _taken([(block.layers[number][which], to, rows, columns) for to, block, rows, columns in parts])
                 for which in (0, 1)
             )
-            made.update(keys, values, number)
+            made.update(keys[:, :, :0], values[:, :, :0], number)  # makes the layer; all of it would be copied again
+            made.layers[number].keys, made.layers[number].values = keys, values
         return made, mask
 
     def _part(self, number: int, places: Sequence[Place], longest: int) -> tuple[list[int], _Block, Tensor, Tensor]:
@@ -104,13 +105,21 @@ class Memory:
 
 def _taken(parts: Sequence[tuple[Tensor, list[int], Tensor, Tensor]]) -> Tensor:
     """Keys or values [B, H, longest, D] out of blocks [N, H, W, D], of each the places in B, its rows and columns."""
-    found = [own.transpose(1, 2)[rows[:, None], columns] for own, _, rows, columns in parts]
+    found = [_picked(own, rows, columns) for own, _, rows, columns in parts]
     if len(found) == 1:
-        return found[0].transpose(1, 2)
+        return found[0]
     whole = found[0].new_empty(sum(map(len, found)), *found[0].shape[1:])
     for one, (_, to, _, _) in zip(found, parts, strict=True):
         whole[to] = one
-    return whole.transpose(1, 2)
+    return whole
+
+
+def _picked(own: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Columns [n, C] of rows [n] of [N, H, W, D], as whole vectors of D: several times faster than indexing."""
+    _, heads, width, size = own.shape
+    head = torch.arange(heads, device=own.device)[None, :, None]
+    at = (rows[:, None, None] * heads + head) * width + columns[:, None, :]
+    return own.reshape(-1, size).index_select(0, at.flatten()).view(*at.shape, size)
 
 
 def _codes(ids: Sequence[int]) -> list[int]:

@@ -159,7 +159,8 @@ class Browser:
 
     def _visit(self, page: str, settled: bool) -> Visit:
         visit = Visit(page, settled=settled)
-        own = (self.base, "data:", "blob:", "about:", "chrome:")
+        # the last two are Chromium's own pages, such as the tab that it starts with and that may still be loading
+        own = (self.base, "data:", "blob:", "about:", "chrome:", "chrome-untrusted:")
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             parameters = message["params"]
