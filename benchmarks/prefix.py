@@ -23,11 +23,11 @@ that went through its tree, and what the memory then holds is copied for every m
 
 Each is compared with three things. `over_plain`: whole responses by `sample`, in which more rows are in flight for
 longer. `over_same_shape`: as many rows with the same limits on tokens, from the bare prompts, whose contexts are
-shorter. `over_same_places`: the same tokens in the same contexts, without what it takes to read these (`again` minus
-one token from every prefix): plain sampling at these places of a response, so that what is left is the prefixes' own
-cost. CPU time of the process is the measure, because wall time on a shared machine is noise; on a GPU it is wall time
-up to the device's last kernel. Results go to `benchmarks/results/prefix.json`, or `prefix_cuda.json`, with machine,
-versions and date. The aim is 1.2 at most.
+shorter. `over_same_places`: the same tokens in the same contexts without what it takes to read these (`again` minus one
+token from every prefix, over one step less, by the steps), which is plain sampling at these places of a response; what
+is left is the prefixes' own cost. CPU time of the process is the measure, because wall time on a shared machine is
+noise; on a GPU it is wall time up to the device's last kernel. Results go to `benchmarks/results/prefix.json`, or
+`prefix_cuda.json`, with machine, versions and date. The aim is 1.2 at most.
 """
 
 from __future__ import annotations
@@ -214,15 +214,17 @@ def per_token(case: Case, engine: TransformersEngine, work: Work, memory: Memory
 
 
 def same_places(case: Case, engine: TransformersEngine, work: Work, read: Work, memory: Memory) -> float:
-    """Cost of the work with what the memory holds, over its cost without, less that of reading the prefixes."""
+    """Cost of the work with what the memory holds, over that of as many passes in the same contexts."""
 
-    def seconds(what: Work, held: Memory | None = None) -> float:
+    def seconds(what: Work, held: Memory | None = None) -> tuple[float, int]:
         engine.memory = held
-        found = cost(case.policy.device, lambda: what(generator(case, 2)))[0]
+        spent, pieces = cost(case.policy.device, lambda: what(generator(case, 2)))
         engine.memory = None
-        return found
+        return spent, max(len(piece.ids) for piece in pieces)
 
-    return seconds(work, memory) / (seconds(work) - seconds(read))
+    (whole, steps), (reading, _) = seconds(work), seconds(read)
+    plain = (whole - reading) * steps / (steps - 1)  # the first token comes out of the reading
+    return seconds(work, memory)[0] / plain
 
 
 def measured(name: str, variant: str, device: str, repeats: int) -> dict[str, Any]:
