@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,9 +20,17 @@ def stacked_mlp(runs: int, sizes: Sequence[int], generator: torch.Generator) -> 
     return found
 
 
-def logits(layers: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Outputs [runs, n, out] of inputs [runs, n, in], with ReLU between the layers."""
+def forward(
+    layers: Sequence[Tensor], x: Tensor, activation: Callable[[Tensor], Tensor] = torch.nn.functional.relu
+) -> Tensor:
+    """Outputs [runs, n, out] of inputs [runs, n, in], with the activation between the layers."""
     for i in range(0, len(layers), 2):
         x = torch.baddbmm(layers[i + 1], x, layers[i])
-        x = x if i + 2 == len(layers) else torch.relu(x)
+        x = x if i + 2 == len(layers) else activation(x)
     return x
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over networks of their mean cross-entropy in nats: each gets the gradient of its own mean."""
+    chosen = torch.log_softmax(logits, -1).gather(-1, labels[..., None])
+    return -chosen.mean((1, 2)).sum()

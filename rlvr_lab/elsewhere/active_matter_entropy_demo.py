@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import active_matter_entropy as work
+from ._networks import forward
 
 Weights = list[Tensor]
 """Matrices [nets, in, out] and offsets [nets, 1, out] in turn."""
@@ -88,12 +89,7 @@ def simulate(omega: float, settings: Trap, generator: torch.Generator) -> Tensor
 
 
 def _forward(weights: Weights, points: Tensor) -> Tensor:
-    value = points
-    for i in range(0, len(weights), 2):
-        value = torch.baddbmm(weights[i + 1], value, weights[i])
-        if i + 2 < len(weights):
-            value = torch.nn.functional.silu(value)
-    return value
+    return forward(weights, points, torch.nn.functional.silu)
 
 
 def _initial(nets: int, width: int, generator: torch.Generator) -> Weights:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ._networks import logits, stacked_mlp
+from ._networks import cross_entropy, forward, stacked_mlp
 from .classp import Classp
 
 CLASSES, DIMENSIONS = 5, 32
@@ -122,7 +122,7 @@ def tasks(toy: TwoTasks, generator: torch.Generator) -> tuple[Task, Task]:
 def accuracy(layers: Sequence[Tensor], x: Tensor, labels: Tensor) -> Tensor:
     """Share of right answers, [members]."""
     with torch.no_grad():
-        return (logits(layers, x).argmax(-1) == labels).double().mean(-1)
+        return (forward(layers, x).argmax(-1) == labels).double().mean(-1)
 
 
 def _train(optimizer: Classp, groups: Sequence[Layers], task: Task, steps: int, toy: TwoTasks, seed: int) -> float:
@@ -132,9 +132,8 @@ def _train(optimizer: Classp, groups: Sequence[Layers], task: Task, steps: int, 
     for _ in range(steps):
         x, labels = (values.repeat(len(groups), *[1] * (values.ndim - 1)) for values in task.draw(toy.batch, generator))
         stacked = [torch.cat(parts) for parts in zip(*groups, strict=True)]
-        log_p = torch.log_softmax(logits(stacked, x), -1)
         optimizer.zero_grad()
-        (-log_p.gather(-1, labels[..., None]).mean((1, 2)).sum()).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(forward(stacked, x), labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         share += optimizer.moved_share() / steps
     return share

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ._networks import logits, stacked_mlp
+from ._networks import cross_entropy, forward, stacked_mlp
 from .granet import density_at, erdos_renyi, global_prune, regenerate, regeneration_rate
 
 INPUTS, CLASSES = 20, 8
@@ -77,7 +77,7 @@ def draw(toy: Toy, generator: torch.Generator) -> Data:
     """A teacher for every run, and its labels of Gaussian inputs."""
     teacher = initial(toy.runs, toy.teacher, generator)
     x = torch.randn(toy.runs, toy.examples + toy.test, INPUTS, generator=generator)
-    scores = logits(teacher, x)
+    scores = forward(teacher, x)
     # an untrained teacher prefers some classes: without its mean no class is half of the data
     labels = (scores - scores.mean(1, keepdim=True)).argmax(-1)
     n = toy.examples
@@ -100,28 +100,22 @@ class Members:
         made.masks = [m.repeat(copies, 1, 1) for m in self.masks]
         return made
 
+    @torch.enable_grad()
     def gradient(self, rows: Tensor) -> list[Tensor]:
         """Of the mean cross-entropy of the batch `rows` [runs, b], dense: inactive weights have one too."""
         x = self.data.x.gather(1, rows[..., None].expand(-1, -1, INPUTS)).repeat(self.copies, 1, 1)
         labels = self.data.labels.gather(1, rows).repeat(self.copies, 1)
-        log_p = torch.log_softmax(logits(self.parameters, x), -1)
-        loss = -log_p.gather(-1, labels[..., None]).mean((1, 2)).sum()
-        return list(torch.autograd.grad(loss, self.parameters))
+        return list(torch.autograd.grad(cross_entropy(forward(self.parameters, x), labels), self.parameters))
 
     @torch.no_grad()
     def step(self, rows: Tensor, rate: float) -> list[Tensor]:
         """One step of momentum descent behind the masks; returns its gradient."""
-        grads = self.gradient_with(rows)
+        grads = self.gradient(rows)
         for p, v, g in zip(self.parameters, self.velocity, grads, strict=True):
             v.mul_(self.toy.momentum).add_(g)
             p.sub_(v, alpha=rate)
         self.apply_masks()
         return grads
-
-    def gradient_with(self, rows: Tensor) -> list[Tensor]:
-        """`gradient`, whatever the surrounding gradient mode."""
-        with torch.enable_grad():
-            return self.gradient(rows)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
@@ -140,13 +134,13 @@ class Members:
     def accuracy(self) -> Tensor:
         """Share of right answers on the test inputs, [copies, runs]."""
         with torch.no_grad():
-            right = logits(self.parameters, self.data.test_x.repeat(self.copies, 1, 1)).argmax(-1)
+            right = forward(self.parameters, self.data.test_x.repeat(self.copies, 1, 1)).argmax(-1)
         return (right == self.data.test_labels.repeat(self.copies, 1)).double().mean(-1).view(self.copies, -1)
 
     def density(self) -> Tensor:
         """Share of active weights, [copies, runs]."""
-        active = sum(mask.flatten(1).double().sum(1) for mask in self.masks)
-        return (active / sum(mask[0].numel() for mask in self.masks)).view(self.copies, -1)  # type: ignore[union-attr]
+        every = torch.cat([mask.flatten(1) for mask in self.masks], 1)
+        return every.double().mean(1).view(self.copies, -1)
 
 
 def _batch(toy: Toy, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._networks import cross_entropy, forward
 from .mtard import Balance, teacher_kl, temperature_step, tempered_entropy, weight_step
 
 CLASSES, DIMENSIONS = 6, 10
@@ -61,11 +62,7 @@ class Members:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits."""
-        last = len(self.parameters) - 2
-        for i in range(0, last + 1, 2):
-            x = torch.baddbmm(self.parameters[i + 1], x, self.parameters[i])
-            x = x if i == last else torch.relu(x)
-        return x
+        return forward(self.parameters, x)
 
     def copied(self, times: int) -> Members:
         """The members `times` times in a row, with weights of their own."""
@@ -86,12 +83,6 @@ class Classes:
         labels = torch.randint(CLASSES, (runs, count), generator=generator)
         noise = torch.randn(runs, count, DIMENSIONS, generator=generator)
         return self.centres.gather(1, labels[..., None].expand(-1, -1, DIMENSIONS)) + noise, labels
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over members of their mean cross-entropy in nats."""
-    chosen = torch.log_softmax(logits, -1).gather(-1, labels[..., None])
-    return -chosen.mean((1, 2)).sum()
 
 
 def attack(network: Members, x: Tensor, labels: Tensor, toy: Toy, start: Tensor) -> Tensor:

@@ -101,16 +101,6 @@ def filtered_entropy(logits: Tensor, keep: Tensor, average: Average = "batch") -
     return total / (keep.numel() if average == "batch" else max(1, int(keep.sum())))
 
 
-def entropy_gradient(logits: Tensor) -> Tensor:
-    """dH / dz = -y (ln y + H) by hand, `[..., C]`; its entries sum to 0, and that of the largest logit is <= 0.
-
-    A step down the entropy therefore raises the largest logit of every sample, whatever its class is.
-    """
-    _logits("logits", logits)
-    log_y = logits.log_softmax(-1)
-    return -log_y.exp() * (log_y + softmax_entropy(logits).unsqueeze(-1))
-
-
 def entropy_split(logits: Tensor) -> tuple[float, float]:
     """Mean entropy of the samples, and entropy of their mean prediction, in nats; logits `[B, C]`.
 

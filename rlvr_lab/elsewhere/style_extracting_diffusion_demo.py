@@ -132,7 +132,8 @@ class Denoiser(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features [B, n, F] of style images [B, n, P]."""
         if self.kind == "leaky":
-            return self.read(images)  # type: ignore[no-any-return]
+            read: Tensor = self.read(images)
+            return read
         each = self.read(images[..., None])
         return torch.cat([each.mean(-2), each.std(-2)], -1)
 
@@ -149,7 +150,8 @@ class Denoiser(nn.Module):
         mean, spread = self.leave(F.silu(h + told)), self.spread(told).exp()
         s = share.float()[:, None]
         # exact for pixels that are normal about `mean` with variance `spread`; the network learns both
-        return (1 - s).sqrt() * (z - s.sqrt() * mean) / (s * spread + 1 - s)  # type: ignore[no-any-return]
+        noise: Tensor = (1 - s).sqrt() * (z - s.sqrt() * mean) / (s * spread + 1 - s)
+        return noise
 
 
 def mirrored(images: Tensor, side: int) -> Tensor:

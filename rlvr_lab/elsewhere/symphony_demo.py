@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ._networks import forward
 from .symphony import (
     bounded_noise,
     fading_probabilities,
@@ -102,10 +103,7 @@ class Networks:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs of the last layer."""
-        for i in range(0, len(self.parameters), 2):
-            x = x if i == 0 else torch.nn.functional.silu(x)
-            x = torch.baddbmm(self.parameters[i + 1], x, self.parameters[i])
-        return x
+        return forward(self.parameters, x, torch.nn.functional.silu)
 
     def frozen(self) -> Networks:
         """A copy without gradient."""
